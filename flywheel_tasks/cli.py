@@ -1,0 +1,320 @@
+"""The `flywheel` command. Results go to stdout, everything a person reads along the way to stderr."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from flywheel_tasks import pipeline
+from flywheel_tasks.core import ids
+from flywheel_tasks.core.config import PROFILES, FlywheelConfig
+from flywheel_tasks.core.errors import FlywheelError, InputError
+from flywheel_tasks.core.manifest import Manifest
+from flywheel_tasks.core.stage import Stage
+from flywheel_tasks.core.store import Artifact, Store
+
+app = typer.Typer(
+    name="flywheel",
+    help="Run the CharacterFlywheel loop: one stage, one cycle, or a look at what it made.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Cycle = Annotated[str, typer.Option("--cycle", help="ISO week, such as 2026-W47.")]
+Profile = Annotated[
+    str | None,
+    typer.Option("--profile", envvar="FLYWHEEL_PROFILE", help=f"One of {', '.join(PROFILES)} (default: demo)."),
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config", help="A YAML file instead of a profile; it may start from one with 'profile: NAME'."),
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key: --set ingest.continue_minutes=15. Repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@app.command()
+def stages(as_json: AsJson = False) -> None:
+    """List the stages in the order of the loop, with phase, inputs, outputs and the paper's section."""
+    if as_json:
+        _print_json([stage.declaration() for stage in pipeline.STAGES])
+        return
+    rows = [(s.name, s.phase, _inputs(s), ", ".join(s.outputs), s.paper) for s in pipeline.STAGES]
+    _print_table(("stage", "phase", "reads", "writes", "paper"), rows)
+
+
+@app.command()
+def run(
+    stage: Annotated[str, typer.Argument(help="A stage name; see `flywheel stages`.")],
+    cycle: Cycle,
+    profile: Profile = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    input_: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="STAGE=MANIFEST_URI to read instead of this cycle's artifact. Repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run one stage of one cycle. The last line of stdout is the URI of the artifact's manifest."""
+    settings = _settings(profile, config, set_)
+    artifact, outcome = _run_stage(pipeline.by_name(stage), cycle, settings, _given(input_ or []))
+    if as_json:
+        _print_json({"outcome": outcome, "uri": artifact.uri, "manifest": artifact.manifest.model_dump(mode="json")})
+    else:
+        print(artifact.uri)
+
+
+@app.command()
+def cycle(
+    cycle: Cycle,
+    profile: Profile = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    skip: Annotated[list[str] | None, typer.Option("--skip", help="A stage to leave out. Repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a whole cycle in this process, stage after stage. Stages whose artifact exists are not run again."""
+    settings = _settings(profile, config, set_)
+    left_out = {pipeline.by_name(name).name for name in skip or []}
+    results = []
+    for stage in pipeline.weekly():
+        if stage.name not in left_out:
+            artifact, outcome = _run_stage(stage, cycle, settings, {})
+            results.append({"stage": stage.name, "outcome": outcome, "key": artifact.manifest.key, "uri": artifact.uri})
+    if as_json:
+        _print_json(results)
+    else:
+        _print_table(("stage", "outcome", "artifact"), [(r["stage"], r["outcome"], r["key"]) for r in results])
+
+
+@app.command()
+def status(
+    cycle: Annotated[str | None, typer.Option("--cycle", help="One cycle instead of all.")] = None,
+    profile: Profile = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """What each cycle has made so far."""
+    store = Store(_settings(profile, config, set_).store.uri)
+    cycles = [ids.cycle_id(cycle)] if cycle else store.cycles()
+    found = {name: [(stage.name, store.pointed(name, stage.name)) for stage in pipeline.STAGES] for name in cycles}
+    if as_json:
+        _print_json(
+            {name: {stage: _summary(a.manifest) if a else None for stage, a in rows} for name, rows in found.items()}
+        )
+    elif not cycles:
+        print(f"no cycle has run in {store.uri}: start one with `flywheel cycle --cycle {_this_week()}`")
+    for name, rows in {}.items() if as_json else found.items():
+        print(f"cycle {name}")
+        _print_table(
+            ("stage", "artifact", "rows in", "out", "rejected", "finished"), [_status_row(s, a) for s, a in rows]
+        )
+
+
+@app.command()
+def show(
+    artifact: Annotated[str, typer.Argument(help="Manifest URI, STAGE/KEY, or the beginning of a key.")],
+    profile: Profile = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    check: Annotated[bool, typer.Option("--verify", help="Also read every file and check its digest.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """One artifact's manifest: what it holds, its rows, inputs, config and environment."""
+    found = Store(_settings(profile, config, set_).store.uri).resolve(artifact)
+    if check:
+        _say(f"{found.verify()} files verified")
+    manifest = found.manifest
+    if as_json:
+        _print_json(manifest.model_dump(mode="json") | {"uri": found.uri, "digest": manifest.digest})
+        return
+    print(f"{manifest.stage}/{manifest.key}  cycle {manifest.cycle}\n{found.uri}\n{_accounting(manifest)}")
+    rows = [
+        (n, o.contract, len(o.files), o.rows or "", sum(f.bytes for f in o.files)) for n, o in manifest.outputs.items()
+    ]
+    _print_table(("output", "contract", "files", "rows", "bytes"), rows)
+    _print_table(("reads", "artifact"), [(n, f"{r.stage}/{r.key}") for n, r in manifest.inputs.items()])
+    _print_table(("source", "bytes", "sha256"), [(s.uri, s.bytes, s.sha256[:16]) for s in manifest.sources])
+    _print_table(("metric", "value"), sorted(manifest.metrics.items()))
+    _print_table(("config", "value"), sorted((k, str(v)) for k, v in manifest.config.items()))
+    print(f"code {manifest.code_version}, commit {manifest.commit}, finished {manifest.finished:%Y-%m-%d %H:%M:%S} UTC")
+
+
+@app.command()
+def lineage(
+    artifact: Annotated[str | None, typer.Argument(help="Manifest URI, STAGE/KEY, or the beginning of a key.")] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", help="Instead: every artifact that holds this user's words.")
+    ] = None,
+    profile: Profile = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """What an artifact came from and what came of it, or where a user's words are."""
+    from flywheel_tasks.core import lineage as graph
+
+    store = Store(_settings(profile, config, set_).store.uri)
+    if (artifact is None) == (user is None):
+        raise InputError("give either an artifact or --user ID")
+    if user is not None:
+        pseudonym = ids.pseudonym(user, ids.user_key())
+        held = {"/".join(graph.address(a.manifest)): graph.held_rows(a, pseudonym) for a in store.artifacts()}
+        held = {name: rows for name, rows in held.items() if rows}
+        if as_json:
+            _print_json({"user": pseudonym, "artifacts": held})
+        else:
+            _print_table(
+                ("artifact", "rows"), [(n, ", ".join(f"{o} {c}" for o, c in r.items())) for n, r in held.items()]
+            )
+        return
+    found = graph.describe(store, store.resolve(str(artifact)))
+    if as_json:
+        _print_json(found)
+        return
+    print(f"{found['artifact']}  commit {found['commit']}  code {found['code_version']}")
+    for direction in ("upstream", "downstream"):
+        _print_table(
+            (direction, "cycle", "finished"), [(e["artifact"], e["cycle"], e["finished"]) for e in found[direction]]
+        )
+    _print_table(("source", "sha256"), [(s["uri"], s["sha256"][:16]) for s in found["sources"]])
+
+
+@app.command()
+def forget(
+    user: Annotated[str, typer.Option("--user", help="The user's id as it stands in the raw logs.")],
+    profile: Profile = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Purge a user's words from every artifact, mark the models that learned from them, and prove it."""
+    from flywheel_tasks.core.forget import forget as purge
+
+    report = purge(Store(_settings(profile, config, set_).store.uri), user, ids.user_key())
+    if as_json:
+        _print_json(report)
+    else:
+        _print_table(("purged from", "rows"), list(report["purged"].items()))
+        _print_table(("must retrain",), [(name,) for name in report["retrain_needed"]])
+        _print_table(("unfinished attempt",), [(name,) for name in report["unfinished_attempts"]])
+        verdict = "no row of this user is left" if not report["remaining"] else f"rows are left: {report['remaining']}"
+        print(f"user {report['user']}: {verdict}; new logs that hold them will be refused row by row")
+    if not report["clean"]:
+        raise FlywheelError("not clean yet: wait for the unfinished attempts to end, then run the same command again")
+
+
+def main() -> None:
+    """Entry point: errors meant for people are one line, and SIGTERM unwinds so that nothing half-written stays."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        app()
+    except FlywheelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"       {note}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _settings(profile: str | None, config: str | None, overrides: list[str] | None) -> FlywheelConfig:
+    return pipeline.load_config(None if config else profile, config, overrides or [])
+
+
+def _run_stage(stage: Stage, cycle: str, config: FlywheelConfig, given: dict[str, str]) -> tuple[Artifact, str]:
+    from flywheel_tasks.core.runner import run_stage
+
+    started = time.monotonic()
+    _say(f"── {stage.name} · {cycle} · {stage.paper}")
+    result = run_stage(stage, cycle, config, Store(config.store.uri), given)
+    manifest = result.artifact.manifest
+    outcome = {"made": "made", "cached": "already there:", "lost": "another attempt was first:"}[result.outcome]
+    _say(f"{stage.name}: {_accounting(manifest)}")
+    _say(f"{stage.name}: {outcome} {manifest.folder} ({time.monotonic() - started:.1f} s)")
+    return result.artifact, result.outcome
+
+
+def _accounting(manifest: Manifest) -> str:
+    rows = manifest.rows
+    if rows is None:
+        return "no rows to account for"
+    reasons = sorted(rows.reasons.items(), key=lambda item: -item[1])
+    why = f" ({'; '.join(f'{reason}: {count:,}' for reason, count in reasons)})" if reasons else ""
+    return f"{rows.rows_in:,} {rows.unit}s in, {rows.rows_out:,} out, {rows.rows_rejected:,} rejected{why}"
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    return manifest.model_dump(mode="json", include={"key", "rows", "finished", "metrics", "commit"}) | {
+        "digest": manifest.digest
+    }
+
+
+def _status_row(stage: str, artifact: Artifact | None) -> tuple[object, ...]:
+    if artifact is None:
+        return stage, "—", "", "", "", ""
+    manifest, rows = artifact.manifest, artifact.manifest.rows
+    counts = (f"{rows.rows_in:,}", f"{rows.rows_out:,}", f"{rows.rows_rejected:,}") if rows else ("", "", "")
+    return stage, manifest.key[:12], *counts, f"{manifest.finished:%Y-%m-%d %H:%M}"
+
+
+def _given(pairs: list[str]) -> dict[str, str]:
+    given = {}
+    for pair in pairs:
+        stage, equals, uri = pair.partition("=")
+        if not equals:
+            raise InputError(f"--input '{pair}' is not STAGE=MANIFEST_URI")
+        given[pipeline.by_name(stage).name] = uri
+    return given
+
+
+def _inputs(stage: Stage) -> str:
+    return ", ".join(f"{i.stage}.{i.output}" + ("?" if i.optional else "") for i in stage.inputs.values()) or ", ".join(
+        stage.sources
+    )
+
+
+def _this_week() -> str:
+    import datetime
+
+    return ids.cycle_of(datetime.datetime.now(datetime.UTC).date())
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str, ensure_ascii=False))
+
+
+def _print_table(head: Iterable[str], rows: list[tuple[Any, ...]]) -> None:
+    if not rows:
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
+    Console(soft_wrap=False).print(table)
+
+
+if __name__ == "__main__":
+    main()

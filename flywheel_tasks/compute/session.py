@@ -1,0 +1,47 @@
+"""One Ray for a process: the cluster at RAY_ADDRESS, or a local one that listens on loopback with a token."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import Any
+
+_OBJECT_STORE_BYTES = 256 << 20
+
+
+def cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def ensure() -> Any:
+    """The `ray` module, connected. The first call starts or joins; later calls cost nothing."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+    else:
+        _stay_on_loopback()
+        ray.init(
+            num_cpus=cpus(),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+        )
+    return ray
+
+
+def _stay_on_loopback() -> None:
+    """Ray rewrites 127.0.0.1 to the machine's own address, which would open its ports to the network."""
+    from ray._private import services
+
+    services.resolve_ip_for_localhost = lambda host: host

