@@ -220,7 +220,8 @@ def _read_file(file: str) -> dict[str, Any]:
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
-    for key, value in over.items():
+    for name, value in over.items():
+        key = str(name)
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged

@@ -14,7 +14,7 @@ from flywheel_tasks.core.errors import ConfigError, InputError
 _CYCLE = re.compile(r"(\d{4})-W(\d{2})\Z")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,127}\Z", re.IGNORECASE)
 _KEY = re.compile(r"[0-9a-f]{32}\Z")
-_RELATIVE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*(/[A-Za-z0-9][A-Za-z0-9_.=-]*)*\Z")
+_RELATIVE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,199}(/[A-Za-z0-9][A-Za-z0-9_.=-]{0,199})*\Z")
 
 USER_KEY_VARIABLE = "FLYWHEEL_USER_KEY"
 _SHORTEST_USER_KEY = 16

@@ -145,7 +145,7 @@ def parse(data: bytes, where: str) -> Manifest:
         text = data.decode()
         head, body = text.split('\n "manifest": ', 1)
         body = body.removesuffix("\n}\n")
-        if f'"checksum": "{_checksum(body)}",' not in head:
+        if head != f'{{\n "checksum": "{_checksum(body)}",':
             raise ValueError("its checksum does not match its content")
         return Manifest.model_validate_json(body)
     except (ValueError, ValidationError, InputError) as error:

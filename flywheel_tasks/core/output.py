@@ -61,9 +61,8 @@ class Output:
         spec = self.parts(name)
         path = f"{spec.attempt}/{name}/rows-{len(self._files[name]):05d}.parquet"
         with self._storage.create(f"{self._folder}/{path}") as stream:
-            writer = TableWriter(stream, spec.contract, f"output '{name}'")
-            yield writer
-            writer.close()
+            with TableWriter(stream, spec.contract, f"output '{name}'") as writer:
+                yield writer
         self.add(name, [FileRecord(path=path, bytes=stream.size, rows=writer.rows, sha256=stream.sha256)])
 
     def parts(self, name: str) -> PartSpec:

@@ -120,9 +120,8 @@ def _resolve_inputs(
 ) -> tuple[dict[str, tuple[Artifact, str] | None], dict[str, InputRecord]]:
     upstream = {wanted.stage for wanted in stage.inputs.values()}
     if unknown := sorted(set(given) - upstream):
-        raise InputError(
-            f"--input {unknown[0]}: {stage.name} does not read it; it reads {', '.join(sorted(upstream)) or 'no other stage'}"
-        )
+        read = ", ".join(sorted(upstream)) or "no other stage"
+        raise InputError(f"--input {unknown[0]}: {stage.name} does not read it; it reads {read}")
     artifacts: dict[str, tuple[Artifact, str] | None] = {}
     records: dict[str, InputRecord] = {}
     for name, wanted in stage.inputs.items():

@@ -12,7 +12,7 @@ import io
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ from flywheel_tasks.core import ids
 from flywheel_tasks.core.errors import ConfigError, FlywheelError, InputError
 
 _CHUNK = 1 << 20
+_LIST_TRIES = 5
 
 
 def fault_point(step: str) -> None:
@@ -159,6 +160,10 @@ class Storage:
     def list(self, folder: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.full(folder), allow_not_found=True, recursive=recursive)
         with _storage_errors(folder):
+            for _ in range(_LIST_TRIES):
+                # A folder that appears or goes while Arrow looks is an error to it, even where absence is allowed.
+                with suppress(FileNotFoundError):
+                    return sorted(self.fs.get_file_info(selector), key=lambda info: info.path)
             return sorted(self.fs.get_file_info(selector), key=lambda info: info.path)
 
     def relative(self, info: pafs.FileInfo) -> str:

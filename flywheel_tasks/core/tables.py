@@ -43,8 +43,14 @@ class TableWriter:
         self._parquet.write_table(table, row_group_size=_ROW_GROUP)
         self.rows += table.num_rows
 
-    def close(self) -> None:
-        self._parquet.close()
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self._parquet.close()
+        else:
+            self._parquet.is_open = False  # a footer would only be written to a file nobody will ever read
 
 
 def write_part(spec: PartSpec, index: int, batches: Iterator[pa.Table] | Sequence[pa.Table]) -> FileRecord:
@@ -52,10 +58,9 @@ def write_part(spec: PartSpec, index: int, batches: Iterator[pa.Table] | Sequenc
     storage = Storage(spec.store_uri)
     path = f"{spec.attempt}/{spec.output}/part-{index:05d}.parquet"
     with storage.create(f"{spec.folder}/{path}") as stream:
-        writer = TableWriter(stream, spec.contract, f"output '{spec.output}'")
-        for batch in batches:
-            writer.write(batch)
-        writer.close()
+        with TableWriter(stream, spec.contract, f"output '{spec.output}'") as writer:
+            for batch in batches:
+                writer.write(batch)
     return FileRecord(path=path, bytes=stream.size, rows=writer.rows, sha256=stream.sha256)
 
 

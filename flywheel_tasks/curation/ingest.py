@@ -19,14 +19,13 @@ from flywheel_tasks.compute.blocks import map_blocks
 from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import Operational, StageConfig
 from flywheel_tasks.core.errors import ConfigError
-from flywheel_tasks.core.manifest import FileRecord, SourceRecord
+from flywheel_tasks.core.manifest import FileRecord
 from flywheel_tasks.core.output import QUARANTINE, Output
 from flywheel_tasks.core.stage import Inputs, Resources, Stage
 from flywheel_tasks.core.tables import PartSpec, write_part
 from flywheel_tasks.curation import logs, spill
 from flywheel_tasks.curation.assemble import Rules, assemble
 
-_EXPANSION = {"gz": 6, "zst": 6, "parquet": 4}
 _MOST_BUCKETS = 4096
 
 
@@ -82,10 +81,11 @@ def run(inputs: Inputs, config: IngestConfig, out: Output) -> None:
         raise ConfigError(
             "ingest.logs is empty: name the raw logs, for example --set ingest.logs='/data/events/*.jsonl.gz'"
         )
-    buckets = _buckets(sources, config.bucket_bytes)
+    chunks = logs.cut(sources, config.chunk_bytes)
+    buckets = min(max(math.ceil(sum(map(logs.weight, chunks)) / config.bucket_bytes), 1), _MOST_BUCKETS)
     tasks = [
         spill.ParseTask(
-            chunk=chunk,
+            chunks=group,
             buckets=buckets,
             store_uri=out.store_uri,
             scratch=out.scratch(),
@@ -93,17 +93,17 @@ def run(inputs: Inputs, config: IngestConfig, out: Output) -> None:
             quarantine_chars=config.quarantine_chars,
             forgotten=inputs.forgotten,
         )
-        for chunk in logs.cut(sources, config.chunk_bytes)
+        for group in logs.grouped(chunks, config.chunk_bytes)
     ]
-    parsed = []
-    for result in map_blocks(spill.parse_chunk, tasks):
-        parsed.append(result)
-        out.progress(len(parsed), len(tasks) + buckets, "blocks")
-    chunks = _first_lines(parsed)
-    for result, (name, first) in zip(parsed, chunks, strict=True):
+    parsed: list[spill.Parsed] = []
+    for results in map_blocks(spill.parse_chunks, tasks):
+        parsed += results
+        out.progress(len(parsed), len(chunks) + buckets, "blocks")
+    places = _first_lines(parsed)
+    for result, (name, first) in zip(parsed, places, strict=True):
         for path in result.refused_spills:
             out.reject(_quarantine(spill.read_refused(out.store_uri, path), name, first))
-    accepted = _assemble_all(parsed, chunks, buckets, config, out)
+    accepted = _assemble_all(parsed, places, buckets, config, out)
     out.account("event", rows_in=sum(p.events + p.refused for p in parsed), rows_out=accepted)
 
 
@@ -145,11 +145,6 @@ def _assemble_all(
         accepted += result.accepted
         out.progress(len(parsed) + done, len(parsed) + buckets, "blocks")
     return accepted
-
-
-def _buckets(sources: Sequence[SourceRecord], bucket_bytes: int) -> int:
-    size = sum(source.bytes * _EXPANSION.get(source.name.rsplit(".", 1)[-1], 1) for source in sources)
-    return min(max(math.ceil(size / bucket_bytes), 1), _MOST_BUCKETS)
 
 
 def _first_lines(parsed: Sequence[spill.Parsed]) -> list[tuple[str, int]]:

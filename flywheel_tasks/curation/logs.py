@@ -17,6 +17,7 @@ from flywheel_tasks.core.storage import open_external
 
 _BLOCK = 4 << 20
 _PARQUET_ROWS = 1 << 15
+_EXPANSION = {"gz": 6, "zst": 6, "parquet": 4}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
@@ -50,6 +51,24 @@ def cut(sources: Sequence[SourceRecord], chunk_bytes: int) -> list[Chunk]:
             end = min(start + step, source.bytes)
             chunks.append(Chunk(len(chunks), number, source.name, source.uri, start, end))
     return chunks
+
+
+def weight(chunk: Chunk) -> int:
+    """About how many bytes of events the chunk holds."""
+    return (chunk.end - chunk.start) * _EXPANSION.get(chunk.name.rsplit(".", 1)[-1], 1)
+
+
+def grouped(chunks: Sequence[Chunk], group_bytes: int) -> list[tuple[Chunk, ...]]:
+    """Neighbouring small chunks together, so that a task is worth starting."""
+    groups: list[list[Chunk]] = []
+    room = 0
+    for chunk in chunks:
+        if not groups or weight(chunk) > room:
+            groups.append([])
+            room = group_bytes
+        groups[-1].append(chunk)
+        room -= weight(chunk)
+    return [tuple(group) for group in groups]
 
 
 def line_blocks(chunk: Chunk, longest: int) -> Iterator[bytes | TooLong]:

@@ -29,7 +29,7 @@ Refused = Sequence[tuple[int, str, bytes]]
 
 @dataclass(frozen=True)
 class ParseTask:
-    chunk: logs.Chunk
+    chunks: tuple[logs.Chunk, ...]
     buckets: int
     store_uri: str
     scratch: str
@@ -59,14 +59,18 @@ class _User(msgspec.Struct):
 _USER = msgspec.json.Decoder(_User)
 
 
-def parse_chunk(task: ParseTask) -> Parsed:
-    """Parse and spill one chunk. Memory is bounded by the spill size, not by the chunk."""
-    spiller = _Spiller(task)
-    if task.chunk.name.endswith(".parquet"):
-        for table in logs.tables(task.chunk):
+def parse_chunks(task: ParseTask) -> list[Parsed]:
+    """Parse and spill the task's chunks. Memory is bounded by the spill size, not by theirs."""
+    return [_parse_chunk(task, chunk) for chunk in task.chunks]
+
+
+def _parse_chunk(task: ParseTask, chunk: logs.Chunk) -> Parsed:
+    spiller = _Spiller(task, chunk)
+    if chunk.name.endswith(".parquet"):
+        for table in logs.tables(chunk):
             spiller.take(*events.parse_table(table), lines=len(table))
     else:
-        for block in logs.line_blocks(task.chunk, task.longest_line):
+        for block in logs.line_blocks(chunk, task.longest_line):
             if isinstance(block, logs.TooLong):
                 spiller.refuse([(0, f"line longer than {task.longest_line} bytes", block.head)])
                 spiller.lines += 1
@@ -135,9 +139,9 @@ def _mapped(column: pa.ChunkedArray | pa.Array, function: Any) -> pa.Array:
 class _Spiller:
     """Holds parsed events and writes them out before they grow large."""
 
-    def __init__(self, task: ParseTask) -> None:
+    def __init__(self, task: ParseTask, chunk: logs.Chunk) -> None:
         self.lines = 0
-        self._task, self._secret = task, ids.user_key()
+        self._task, self._chunk, self._secret = task, chunk, ids.user_key()
         self._storage = Storage(task.store_uri)
         self._held: list[pa.Table] = []
         self._refused: list[dict[str, Any]] = []
@@ -167,7 +171,7 @@ class _Spiller:
         self._spill()
         self._spill_refused()
         return Parsed(
-            chunk=self._task.chunk,
+            chunk=self._chunk,
             lines=self.lines,
             events=self._events,
             refused=self._refusals,
@@ -177,7 +181,7 @@ class _Spiller:
         )
 
     def _hold(self, table: pa.Table, lines: npt.NDArray[np.int64]) -> None:
-        chunk = pa.array(np.full(len(table), self._task.chunk.index, np.int32))
+        chunk = pa.array(np.full(len(table), self._chunk.index, np.int32))
         table = table.append_column("chunk", chunk).append_column("line", pa.array(lines)).cast(SPILLED)
         gone = pc.is_in(table["user_id"], pa.array(sorted(self._task.forgotten), pa.string()))
         for line in table.filter(gone)["line"].to_pylist():
@@ -214,7 +218,7 @@ class _Spiller:
 
     def _write(self, kind: str, batches: Sequence[pa.RecordBatch]) -> str:
         number = len(self._spills) + len(self._refused_spills)
-        path = f"{self._task.scratch}/{kind}-{self._task.chunk.index:06d}-{number:04d}.arrow"
+        path = f"{self._task.scratch}/{kind}-{self._chunk.index:06d}-{number:04d}.arrow"
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with (
             self._storage.create(path) as stream,

@@ -1,0 +1,1 @@
+"""Simulated traffic with a known latent truth, for the demo, tests and benchmarks only."""

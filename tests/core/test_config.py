@@ -1,0 +1,88 @@
+"""Nothing wrong gets into a run: unknown keys, wrong types and contradictions are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from flywheel_tasks import pipeline
+from flywheel_tasks.core.config import PROFILES, Operational, StageConfig, load
+from flywheel_tasks.core.errors import ConfigError
+
+
+class Tuned(StageConfig):
+    rate: float = Field(0.5, ge=0, le=1)
+    words: tuple[str, ...] = ()
+    threads: int = Field(1, json_schema_extra=Operational)
+
+
+STAGES = {"tune": Tuned}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_shipped_profile_loads(profile: str) -> None:
+    config = pipeline.load_config(profile)
+    assert config.profile == profile
+    assert set(config.stages) == {stage.name for stage in pipeline.STAGES}
+
+
+def test_the_cluster_profile_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pipeline.load_config("cluster").models
+    assert "70b" in models.policy.path
+    assert "8b" in models.signal.path
+    assert any("405b" in candidate.path for candidate in models.candidates)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("tune.rte=0.1", "did you mean 'tune.rate'"),
+        ("tnue.rate=0.1", "did you mean 'tune'"),
+        ("tune.rate=high", "tune.rate"),
+        ("tune.rate=1.5", "less than or equal to 1"),
+        ("sede=3", "did you mean 'seed'"),
+        ("models.policy.pth=x", "did you mean 'models.policy.path'"),
+        ("store.uri=ftp://x", "use file://, s3:// or gs://"),
+        ("store.uri=s3://bucket/../other", "without '..'"),
+        ("tune=3", "'tune' is a section"),
+        ("tune.rate", "not KEY=VALUE"),
+        ("tune.words=[a", "not a YAML value"),
+    ],
+)
+def test_a_wrong_override_is_refused_naming_the_key_and_the_cure(override: str, named: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load(STAGES, overrides=[override])
+    assert named in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_same_model_twice_in_the_pool_is_a_contradiction() -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        load(STAGES, overrides=["models.policy.path=/m/a", "models.candidates=[{path: /m/a}]"])
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_profile(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("profile: cluster\nseed: 5\ntune: {rate: 0.25, words: [a]}\n")
+    config = load(STAGES, file=str(file), overrides=["tune.rate=0.75"])
+    tuned = config.stages["tune"]
+    assert isinstance(tuned, Tuned)
+    assert (config.seed, tuned.rate, tuned.words) == (5, 0.75, ("a",))
+    assert "70b" in config.models.policy.path
+
+
+@pytest.mark.parametrize("text", ["- a list", "key: [unclosed", "{1: 2, tune: {rate: 3}}"])
+def test_a_broken_config_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        load(STAGES, file=str(file))
+    assert "\n" not in str(refusal.value)
+
+
+def test_how_a_stage_runs_is_not_part_of_what_it_computes() -> None:
+    one, many = Tuned(threads=1), Tuned(threads=64)
+    assert one.identity() == many.identity() == {"rate": 0.5, "words": []}
+    assert Tuned(rate=0.4).identity() != one.identity()

@@ -1,0 +1,174 @@
+"""A stage run: the same work is done once, inputs are resolved or named, and rows are accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from flywheel_tasks.core import schemas
+from flywheel_tasks.core.config import FlywheelConfig
+from flywheel_tasks.core.errors import CorruptArtifact, FlywheelError, InputError
+from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.runner import Result, run_stage
+from flywheel_tasks.core.stage import Input, Inputs
+from flywheel_tasks.core.store import Store
+from tests.drills.stages import CYCLE, FIRST, SECOND, config_for
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> FlywheelConfig:
+    settings = config_for(str(tmp_path / "store"))
+    return settings.model_copy(
+        update={"tracking": settings.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/mlflow.db"})}
+    )
+
+
+@pytest.fixture
+def store(config: FlywheelConfig) -> Store:
+    return Store(config.store.uri)
+
+
+def run(stage: object, config: FlywheelConfig, cycle: str = CYCLE, **given: str) -> Result:
+    return run_stage(stage, cycle, config, Store(config.store.uri), given)  # type: ignore[arg-type]
+
+
+def test_the_same_work_is_never_done_twice(config: FlywheelConfig) -> None:
+    made, again, next_week = run(FIRST, config), run(FIRST, config), run(FIRST, config, "2026-W48")
+    assert [made.outcome, again.outcome, next_week.outcome] == ["made", "cached", "cached"]
+    assert made.artifact.uri == again.artifact.uri == next_week.artifact.uri
+
+
+def test_what_decides_the_content_decides_the_key(config: FlywheelConfig) -> None:
+    keys = {run(FIRST, config).artifact.manifest.key}
+    keys.add(run(FIRST, config.model_copy(update={"seed": 99})).artifact.manifest.key)
+    keys.add(run(replace(FIRST, uses_cycle=True), config).artifact.manifest.key)
+    keys.add(run(replace(FIRST, uses_cycle=True), config, "2026-W48").artifact.manifest.key)
+    assert len(keys) == 4
+
+
+def test_a_missing_input_names_the_stage_and_the_command(config: FlywheelConfig) -> None:
+    with pytest.raises(
+        InputError, match=r"needs 'activity' from drill-first.*flywheel run drill-first --cycle 2026-W47"
+    ):
+        run(SECOND, config)
+
+
+def test_an_optional_input_may_be_absent_and_enters_the_key_when_there(config: FlywheelConfig) -> None:
+    def look(inputs: Inputs, _: object, out: Output) -> None:
+        out.json("report", {"there": inputs.get("activity") is not None})
+
+    stage = replace(
+        SECOND,
+        run=look,
+        inputs={"activity": Input("drill-first", "activity", optional=True)},
+        outputs={"report": "json"},
+    )
+    without = run(stage, config).artifact
+    run(FIRST, config)
+    with_it = run(stage, config).artifact
+    assert (without.json("report"), with_it.json("report")) == ({"there": False}, {"there": True})
+    assert without.manifest.key != with_it.manifest.key
+
+
+def test_previous_means_the_newest_earlier_cycle(config: FlywheelConfig) -> None:
+    stage = replace(SECOND, inputs={"activity": Input("drill-first", "activity", previous=True)})
+    with pytest.raises(InputError, match="an earlier cycle"):
+        run(stage, config)
+    old = run(FIRST, config, "2026-W45").artifact.manifest.key
+    newer = run(FIRST, config.model_copy(update={"seed": 5}), "2026-W46").artifact.manifest.key
+    run(FIRST, config.model_copy(update={"seed": 6}), "2026-W48")
+    found = run(stage, config).artifact.manifest.inputs["activity"].key
+    assert found == newer != old
+
+
+def test_a_given_uri_must_be_a_manifest_of_this_store_and_of_the_right_stage(
+    config: FlywheelConfig, tmp_path: Path
+) -> None:
+    uri = run(FIRST, config).artifact.uri
+    assert run(SECOND, config, **{"drill-first": uri}).outcome == "made"
+    other = run(SECOND, config).artifact.uri
+    for bad in (
+        other,
+        uri.replace("artifacts", "../artifacts"),
+        "file:///etc/passwd",
+        uri + "/../../x",
+        f"file://{tmp_path}",
+    ):
+        with pytest.raises(InputError):
+            run(SECOND, config, **{"drill-first": bad})
+    with pytest.raises(InputError, match="does not read it"):
+        run(SECOND, config, ingest=uri)
+
+
+@pytest.mark.parametrize("lost", [1, -1])
+def test_rows_that_vanish_or_appear_stop_the_commit(config: FlywheelConfig, store: Store, lost: int) -> None:
+    def leaky(inputs: Inputs, _: object, out: Output) -> None:
+        out.account("unit", rows_in=10, rows_out=10 - lost)
+
+    stage = replace(FIRST, run=leaky, outputs={"activity": "activity"})
+    with pytest.raises(FlywheelError, match="rows are lost"):
+        run(stage, config)
+    assert list(store.artifacts()) == []
+
+
+def test_a_rejected_row_must_be_in_quarantine(config: FlywheelConfig) -> None:
+    def silent(inputs: Inputs, _: object, out: Output) -> None:
+        out.count_reasons({"too long": 1})
+        out.account("unit", rows_in=1, rows_out=0)
+
+    with pytest.raises(FlywheelError, match="1 rows were rejected, but 0 are in quarantine"):
+        run(replace(FIRST, run=silent, outputs={"activity": "activity"}), config)
+
+
+@pytest.mark.parametrize(
+    ("table", "named"),
+    [
+        (pa.table({"unit_id": ["a"], "day": ["x"], "sends": [1]}), "types"),
+        (pa.table({"unit_id": ["a"], "sends": [1]}), "missing day"),
+        (
+            pa.table({"unit_id": pa.array([None], pa.string()), "day": pa.array([1], pa.date32()), "sends": [1]}),
+            "'unit_id' has 1 nulls",
+        ),
+        (pa.table({"unit_id": ["a"], "day": pa.array([1], pa.date32()), "sends": [1], "who": ["a"]}), "unknown who"),
+    ],
+)
+def test_an_output_that_breaks_its_schema_is_refused(config: FlywheelConfig, table: pa.Table, named: str) -> None:
+    def wrong(inputs: Inputs, _: object, out: Output) -> None:
+        with out.table("activity") as writer:
+            writer.write(table)
+
+    with pytest.raises(InputError, match=named):
+        run(replace(FIRST, run=wrong, outputs={"activity": "activity"}), config)
+
+
+def test_a_failed_attempt_leaves_no_files(config: FlywheelConfig, tmp_path: Path) -> None:
+    def fails(inputs: Inputs, _: object, out: Output) -> None:
+        with out.table("activity") as writer:
+            writer.write(schemas.ACTIVITY.empty_table())
+        raise FlywheelError("the reactor is cold")
+
+    with pytest.raises(FlywheelError, match="the reactor is cold"):
+        run(replace(FIRST, run=fails), config)
+    assert [p for p in (tmp_path / "store" / "artifacts").rglob("*") if p.is_file()] == []
+
+
+def test_a_manifest_records_where_everything_came_from(config: FlywheelConfig) -> None:
+    run(FIRST, config)
+    manifest = run(SECOND, config).artifact.manifest
+    assert manifest.inputs["activity"].stage == "drill-first"
+    assert manifest.environment["pyarrow"] == pa.__version__
+    assert manifest.started <= manifest.finished
+    assert manifest.rows is not None
+    assert manifest.rows.rows_in == manifest.rows.rows_out == 600
+
+
+def test_a_table_written_under_another_schema_is_refused(
+    config: FlywheelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = run(FIRST, config).artifact.table("activity")
+    reader.schema = schemas.EXPOSURE
+    with pytest.raises(CorruptArtifact, match="does not have the schema"):
+        reader.read()

@@ -1,0 +1,110 @@
+"""MLflow tells the story: a run per attempt under its cycle, checkpoints by reference; and it may be down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from flywheel_tasks.core.config import FlywheelConfig, TrackingConfig
+from flywheel_tasks.core.errors import FlywheelError
+from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.runner import run_stage
+from flywheel_tasks.core.stage import Inputs
+from flywheel_tasks.core.store import Store
+from flywheel_tasks.core.tracking import EXPERIMENT
+from tests.drills.stages import CYCLE, FIRST, SECOND, config_for
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> FlywheelConfig:
+    folder = tmp_path_factory.mktemp("tracked")
+    config = config_for(str(folder / "store"))
+    return config.model_copy(update={"tracking": TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")})
+
+
+@pytest.fixture(scope="module")
+def client(tracked: FlywheelConfig) -> MlflowClient:
+    store = Store(tracked.store.uri)
+
+    def curve(inputs: Inputs, config: object, out: Output) -> None:
+        FIRST.run(inputs, config, out)
+        for step in range(5):
+            out.metric("loss", 1.0 / (step + 1), step)
+
+    def fails(inputs: Inputs, config: object, out: Output) -> None:
+        raise FlywheelError("out of luck")
+
+    run_stage(replace(FIRST, run=curve), CYCLE, tracked, store)
+    run_stage(SECOND, CYCLE, tracked, store)
+    with pytest.raises(FlywheelError):
+        run_stage(replace(FIRST, run=fails, name="drill-second"), CYCLE, tracked, store)
+    return MlflowClient(tracking_uri=tracked.tracking.uri)
+
+
+def runs(client: MlflowClient, query: str = "") -> list:
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return list(client.search_runs([experiment.experiment_id], query))
+
+
+def test_one_parent_run_per_cycle_and_one_child_per_attempt(client: MlflowClient, tracked: FlywheelConfig) -> None:
+    parents = runs(client, "tags.kind = 'cycle'")
+    children = [run for run in runs(client) if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+    assert sorted((run.data.tags["stage"], run.info.status) for run in children) == [
+        ("drill-first", "FINISHED"),
+        ("drill-second", "FAILED"),
+        ("drill-second", "FINISHED"),
+    ]
+    tags = children[0].data.tags
+    assert {"cycle", "attempt", "artifact_key", "artifact_uri", "git_commit"} <= set(tags)
+
+
+def test_metrics_are_curves_by_global_step_and_rows_are_counted(client: MlflowClient) -> None:
+    run = runs(client, "tags.stage = 'drill-first'")[0]
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, round(point.value, 3)) for point in history] == [
+        (0, 1.0),
+        (1, 0.5),
+        (2, 0.333),
+        (3, 0.25),
+        (4, 0.2),
+    ]
+    assert (run.data.metrics["rows.in"], run.data.metrics["rows.rejected"]) == (602, 2)
+    assert run.data.params["seed"] == "17"
+
+
+def test_a_checkpoint_is_a_logged_model_that_holds_a_reference_not_weights(
+    client: MlflowClient, tracked: FlywheelConfig
+) -> None:
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    models = client.search_logged_models([experiment.experiment_id])
+    assert len(models) == 1
+    artifact = Store(tracked.store.uri).pointed(CYCLE, "drill-first")
+    assert artifact is not None
+    assert models[0].tags["uri"] == artifact.uri
+    assert models[0].tags["sha256"] == artifact.manifest.outputs["model"].sha256
+    assert int(models[0].tags["bytes"]) > 5000
+    files = [f.path for f in client.list_artifacts(runs(client, "tags.stage = 'drill-first'")[0].info.run_id)]
+    assert sorted(files) == ["plot.png", "report.json"]
+
+
+def test_tracking_that_is_down_costs_a_warning_and_is_made_up_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = config_for(str(tmp_path / "store"))
+    store = Store(config.store.uri)
+    down = config.model_copy(update={"tracking": TrackingConfig(uri="http://127.0.0.1:9")})
+    made = run_stage(FIRST, CYCLE, down, store)
+    assert made.outcome == "made"
+    assert "kept in the store as tracking/pending/drill-first" in capsys.readouterr().err
+    up = config.model_copy(update={"tracking": TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")})
+    run_stage(SECOND, CYCLE, up, store)
+    assert store.storage.list("tracking/pending") == []
+    found = runs(MlflowClient(tracking_uri=up.tracking.uri))
+    assert {run.data.tags.get("stage") for run in found} == {None, "drill-first", "drill-second"}
+    assert len(found) == 3
