@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +60,10 @@ def _counts(module: str) -> bool:
 
 
 def _file(module: str) -> Path | None:
+    """A module's source: in this package, or wherever a stage of somebody's own was imported from."""
+    if module.split(".")[0] != PACKAGE:
+        own = getattr(sys.modules.get(module), "__file__", None)
+        return Path(own) if own else None
     path = _ROOT.joinpath(*module.split(".")[1:])
     for candidate in (path.with_suffix(".py"), path / "__init__.py"):
         if candidate.is_file():

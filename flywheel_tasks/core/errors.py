@@ -8,6 +8,10 @@ class FlywheelError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """One line whatever was handed in: a newline or a terminal's escape code in an id is shown, not obeyed."""
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+
 
 class InputError(FlywheelError):
     """What was handed in is wrong: a file, a row, an id, a missing upstream artifact."""
