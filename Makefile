@@ -7,12 +7,15 @@ BIN     := $(VENV)/bin
 LOCK    := requirements-$(ACCEL).lock
 READY   := $(VENV)/.ready-$(ACCEL)
 # uv does not read pip's settings; a CPU torch comes from pip's find-links folder where one is set, else from its own index.
-export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-TORCH_cpu  := $(if $(UV_FIND_LINKS),,--torch-backend cpu)
+ifneq ($(PIP_FIND_LINKS),)
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+else
+TORCH_cpu := --torch-backend cpu
+endif
 TORCH_cuda := --torch-backend auto
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c $(LOCK) $(TORCH_$(ACCEL))
 
-.PHONY: demo test test-all up bench lint setup lock clean
+.PHONY: help demo test test-all up bench lint setup lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,7 +25,7 @@ setup: $(READY) ## install the locked environment into .venv (ACCEL=cuda on a GP
 
 $(READY): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
 	$(INSTALL) -e '.[$(ACCEL),airflow,demo,test]'
 	@touch $@
 

@@ -166,7 +166,7 @@ def show(report: Report, console: Console | None = None) -> None:
         rate = "" if r.rate is None else f"{r.rate:,.0f}" if r.rate >= 10 else f"{r.rate:.3g}"
         table.add_row(r.name, f"{r.wall_s:.3f}", f"{min(r.wall_all_s):.3f}..{max(r.wall_all_s):.3f}",
                       f"{r.process_s:.3f}", f"{r.peak_pss_mib:,.0f}", f"{r.max_rss_mib:,.0f}", rate)  # fmt: skip
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 130)
     console.print(table)
     for note in report.notes:
         console.print(f"  {note}")

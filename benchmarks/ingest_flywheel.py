@@ -1,4 +1,4 @@
-"""Ingest as a user runs it, store, commit and tracking included; start-up has a benchmark of its own, so it comes first."""
+"""Ingest as a user runs it: store, commit and tracking included. Start-up has its own benchmark, so it comes first."""
 
 from __future__ import annotations
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _OBJECT_STORE_BYTES = 256 << 20
@@ -25,19 +29,29 @@ def ensure() -> Any:
 
     if ray.is_initialized():
         return ray
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
-    else:
-        _stay_on_loopback()
-        ray.init(
-            num_cpus=cpus(),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-        )
+    with _own_sigterm():
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+        else:
+            _stay_on_loopback()
+            ray.init(
+                num_cpus=cpus(),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+            )
     return ray
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray's handler aborts the process on SIGTERM; ours unwinds it, so that a cancelled stage cleans up."""
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    if ours is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
 
 
 def _stay_on_loopback() -> None:

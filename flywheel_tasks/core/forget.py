@@ -36,12 +36,14 @@ def forget(store: Store, user_id: str, secret: bytes) -> dict[str, Any]:
         if rows:
             purged["/".join(holders[-1])] = rows
     retrain = _mark_models(store, holders, user, now)
+    strays = _remove_strays(store)
     removed, unfinished = _abandoned(store, now)
     left = {a.uri: rows for a in store.artifacts() if (rows := _remaining(a, user, user_id))}
     return {
         "user": user,
         "purged": purged,
         "retrain_needed": retrain,
+        "stray_files_removed": strays,
         "abandoned_attempts_removed": removed,
         "unfinished_attempts": unfinished,
         "remaining": left,
@@ -145,15 +147,29 @@ def _abandoned(store: Store, now: datetime.datetime) -> tuple[list[str], list[st
     return removed, unfinished
 
 
+def _remove_strays(store: Store) -> list[str]:
+    """Files in the folders of committed artifacts that no manifest names: what a killed purge did not get to, or what
+    an attempt that can only lose has written."""
+    removed = []
+    for artifact in store.artifacts():
+        record = artifact.manifest
+        named = {f"{record.folder}/{file.path}" for output in record.outputs.values() for file in output.files}
+        for info in store.storage.list(record.folder, recursive=True):
+            path = store.storage.relative(info)
+            if info.type == pafs.FileType.File and path not in named and path != record.path:
+                store.storage.delete(path)
+                removed.append(path)
+    return removed
+
+
 def _attempts(store: Store) -> Iterator[str]:
+    """Folders of attempts at artifacts that are not committed."""
     for stage in store.storage.list("artifacts"):
         for key in store.storage.list(f"artifacts/{stage.base_name}"):
-            artifact = store.find(stage.base_name, key.base_name)
-            outputs = artifact.manifest.outputs.values() if artifact else ()
-            named = {file.path.split("/", 1)[0] for output in outputs for file in output.files}
-            for info in store.storage.list(store.storage.relative(key)):
-                if info.type == pafs.FileType.Directory and info.base_name not in named:
-                    yield store.storage.relative(info)
+            if store.find(stage.base_name, key.base_name) is None:
+                for info in store.storage.list(store.storage.relative(key)):
+                    if info.type == pafs.FileType.Directory:
+                        yield store.storage.relative(info)
 
 
 def _remaining(artifact: Artifact, user: str, user_id: str) -> int:

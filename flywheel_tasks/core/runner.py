@@ -22,7 +22,7 @@ from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.manifest import InputRecord, Manifest, SourceRecord
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.stage import Input, Inputs, Stage
-from flywheel_tasks.core.storage import endpoint_query
+from flywheel_tasks.core.storage import endpoint_query, medium_errors
 from flywheel_tasks.core.store import Artifact, Store, artifact_key
 from flywheel_tasks.core.tracking import AttemptRecord, Tracker
 
@@ -73,7 +73,7 @@ def _attempt(
     )
     tracker = Tracker(config.tracking.uri, store.storage)
     try:
-        with tracker.watch(tracked):
+        with tracker.watch(tracked), medium_errors(f"{stage.name}: local scratch ($TMPDIR)"):
             out.watch_metrics(tracked.metric)
             stage.run(inputs, config.stages[stage.name], out)
             manifest = Manifest(

@@ -236,7 +236,7 @@ def _digest_stream(stream: Any) -> tuple[int, str]:
 
 def _write_beside(target: Path, data: bytes) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(6)}.partial")
     try:
         with open(temporary, "xb") as raw:
             raw.write(data)
@@ -284,12 +284,29 @@ _ADVICE = {
 
 
 @contextmanager
-def _storage_errors(path: str) -> Iterator[None]:
-    """Failures of the medium become one line with advice; anything else passes through untouched."""
+def medium_errors(where: str) -> Iterator[None]:
+    """A full disk and its like become one line with advice; anything else passes through untouched."""
     try:
         yield
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0)
         if advice is None:
             raise
-        raise FlywheelError(f"store: {path}: {advice}") from error
+        raise FlywheelError(f"{where}: {advice}") from error
+
+
+@contextmanager
+def _storage_errors(path: str) -> Iterator[None]:
+    """Whatever keeps a store from answering is one line; that something is not there is for the caller to say."""
+    from obstore.exceptions import BaseError
+
+    try:
+        with medium_errors(f"store: {path}"):
+            yield
+    except (FileNotFoundError, FileExistsError, NotADirectoryError):
+        raise
+    except (OSError, BaseError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FlywheelError(
+            f"store: {path}: {reason}: check store.uri, the credentials and that the store can be reached"
+        ) from error

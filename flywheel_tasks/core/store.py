@@ -181,7 +181,8 @@ class Store:
 
     def forgotten(self) -> frozenset[str]:
         """Pseudonyms that must not enter any artifact."""
-        return frozenset(info.base_name.removesuffix(".json") for info in self.storage.list("forgotten"))
+        names = (info.base_name for info in self.storage.list("forgotten"))
+        return frozenset(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
     def source(self, uri: str, name: str, size: int, mtime_ns: int) -> SourceRecord:
         """Size and sha256 of an outside file, hashed once for each (uri, size, modification time)."""

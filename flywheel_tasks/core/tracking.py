@@ -142,7 +142,7 @@ class Tracker:
     def _send_pending(self) -> None:
         for info in self._storage.list(_PENDING):
             path = self._storage.relative(info)
-            data = self._storage.read(path)
+            data = self._storage.read(path) if path.endswith(".json") else None
             if data is not None:
                 self._send(AttemptRecord.from_json(data))
                 self._storage.delete(path)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import regex
+import regex  # type: ignore[import-untyped,unused-ignore]
 import yaml
 
 from flywheel_tasks.simulation.characters import Character

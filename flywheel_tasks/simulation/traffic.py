@@ -1,8 +1,8 @@
 """The raw `event` log of simulated traffic, exactly as production would write it, and the truth behind it.
 
 One JSON object a line. A `message` carries role and content; a `reaction` names the assistant message it is on in
-`message_id`; `feedback` does too, with the user's words as content; `regenerate` names the assistant message that was thrown
-away, and its replacement follows as a `message` of its own. Times are ISO 8601 in UTC.
+`message_id`; `feedback` does too, with the user's words as content; `regenerate` names the assistant message that was
+thrown away, and its replacement follows as a `message` of its own. Times are ISO 8601 in UTC.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import regex
+import regex  # type: ignore[import-untyped,unused-ignore]
 
 from flywheel_tasks.simulation.characters import Character
 

@@ -20,6 +20,7 @@ CYCLE = "2026-W47"
 class DrillConfig(StageConfig):
     rows: int = Field(300, ge=0, description="rows of activity")
     serial: int = Field(0, ge=0, description="changes the artifact's key and nothing else")
+    user: str = Field("", description="a pseudonym that gets one row in each part")
     signed: bool = Field(False, description="write the process id into two outputs, so that a mixture would show")
 
 
@@ -41,6 +42,8 @@ def first(inputs: Inputs, config: DrillConfig, out: Output) -> None:
                 units = [f"{part}-{start + i:04d}" for i in range(count)]
                 sends = rng.integers(1, 2**40, count)
                 writer.write(pa.table({"unit_id": units, "day": [day] * count, "sends": sends}))
+            if config.user:
+                writer.write(pa.table({"unit_id": [config.user], "day": [day], "sends": [1]}))
     bad = {"row_id": ["r1", "r2"], "reason": ["too_odd", "too_even"], "where": ["f:1", "f:2"]}
     none = pa.nulls(2, pa.string())
     out.reject(pa.table({**bad, "user": none, "raw": none}, schema=schemas.QUARANTINE))
@@ -50,7 +53,8 @@ def first(inputs: Inputs, config: DrillConfig, out: Output) -> None:
     (weights / "model.safetensors").write_bytes(bytes(5000) + signature.encode())
     (weights / "config.json").write_text("{}")
     out.metric("half", 0.5)
-    out.account("unit", rows_in=2 * config.rows + 2, rows_out=2 * config.rows)
+    kept = 2 * config.rows + (2 if config.user else 0)
+    out.account("unit", rows_in=kept + 2, rows_out=kept)
 
 
 def second(inputs: Inputs, config: DrillConfig, out: Output) -> None:
@@ -72,7 +76,7 @@ SECOND = DrillStage(
 )  # fmt: skip
 
 
-def config_for(store_uri: str, **settings: int) -> FlywheelConfig:
+def config_for(store_uri: str, **settings: int | str) -> FlywheelConfig:
     stage_config = DrillConfig.model_validate(settings)
     return FlywheelConfig(
         profile="test",

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 
-from flywheel_tasks.core import runner, storage
+from flywheel_tasks.core import forget, runner, storage
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.store import Store
 from tests.drills import stages
@@ -34,11 +35,11 @@ class NoTracker:
         self.watch = lambda record: nullcontext()
 
 
-def run(stage: str, store_uri: str, **settings: int) -> runner.Result:
-    runner.Tracker = NoTracker  # type: ignore[assignment, misc]
+def run(stage: str, store_uri: str, **settings: int | str) -> runner.Result:
     declared = {"first": stages.FIRST, "second": stages.SECOND}[stage]
-    config = stages.config_for(store_uri, **settings)
-    return runner.run_stage(declared, stages.CYCLE, config, Store(config.store.uri))
+    config = stages.config_for(store_uri, **({"rows": 80} | settings))
+    with mock.patch.object(runner, "Tracker", NoTracker):
+        return runner.run_stage(declared, stages.CYCLE, config, Store(config.store.uri))
 
 
 def die() -> None:
@@ -59,6 +60,20 @@ def killed_at(nth: int, steps: Any, stage: str, store_uri: str, settings: dict[s
 
     storage.fault_point = point
     run(stage, store_uri, **settings)
+
+
+def forget_killed_at(nth: int, store_uri: str, user: str, secret: bytes) -> None:
+    """Forget a user, and die just before the n-th step."""
+    seen = 0
+
+    def point(step: str) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == nth:
+            die()
+
+    storage.fault_point = point
+    forget.forget(Store(store_uri), user, secret)
 
 
 def torn_at(nth: int, stage: str, store_uri: str, settings: dict[str, int]) -> None:
@@ -112,9 +127,16 @@ def read_forever(store_uri: str, stop: Any, findings: Any) -> None:
 
 
 def start(target: Callable[..., None], *args: Any) -> BaseProcess:
-    process = SPAWN.Process(target=target, args=args, daemon=True)
+    cloud = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    process = SPAWN.Process(target=_with_environment, args=(cloud, target, *args), daemon=True)
     process.start()
     return process
+
+
+def _with_environment(variables: dict[str, str], target: Callable[..., None], *args: Any) -> None:
+    """The fork server took its environment when it started; what a test set since then travels along."""
+    os.environ.update(variables)
+    target(*args)
 
 
 def ended(process: BaseProcess, within: float = 60.0) -> int:
