@@ -11,13 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from flywheel_tasks import pipeline
+from flywheel_tasks import pipeline, services_cli
 from flywheel_tasks.core import ids
 from flywheel_tasks.core.config import PROFILES, FlywheelConfig
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.manifest import Manifest
 from flywheel_tasks.core.stage import Stage
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.release import commands as release_commands
 
 app = typer.Typer(
     name="flywheel",
@@ -111,16 +112,14 @@ def status(
     cycles = [ids.cycle_id(cycle)] if cycle else store.cycles()
     found = {name: [(stage.name, store.pointed(name, stage.name)) for stage in pipeline.STAGES] for name in cycles}
     if as_json:
-        _print_json(
-            {name: {stage: _summary(a.manifest) if a else None for stage, a in rows} for name, rows in found.items()}
-        )
-    elif not cycles:
+        _print_json({name: {s: _summary(a.manifest) if a else None for s, a in rows} for name, rows in found.items()})
+        return
+    if not cycles:
         print(f"no cycle has run in {store.uri}: start one with `flywheel cycle --cycle {_this_week()}`")
-    for name, rows in {}.items() if as_json else found.items():
+    for name, rows in found.items():
         print(f"cycle {name}")
-        _print_table(
-            ("stage", "artifact", "rows in", "out", "rejected", "finished"), [_status_row(s, a) for s, a in rows]
-        )
+        head = ("stage", "artifact", "rows in", "out", "rejected", "finished")
+        _print_table(head, [_status_row(stage, artifact) for stage, artifact in rows])
 
 
 @app.command()
@@ -214,6 +213,10 @@ def forget(
         print(f"user {report['user']}: {verdict}; new logs that hold them will be refused row by row")
     if not report["clean"]:
         raise FlywheelError("not clean yet: wait for the unfinished attempts to end, then run the same command again")
+
+
+release_commands.register(app)
+services_cli.register(app)
 
 
 def main() -> None:

@@ -7,9 +7,17 @@ from collections.abc import Iterable
 from flywheel_tasks.core.config import FlywheelConfig, load
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.stage import Stage
-from flywheel_tasks.curation import ingest
+from flywheel_tasks.curation import constrain, diversify, filter, ingest
+from flywheel_tasks.release import expose, readout
 
-STAGES: tuple[Stage, ...] = (ingest.STAGE,)
+STAGES: tuple[Stage, ...] = (
+    ingest.STAGE,
+    filter.STAGE,
+    diversify.STAGE,
+    constrain.STAGE,
+    expose.STAGE,
+    readout.STAGE,
+)
 
 
 def by_name(name: str) -> Stage:

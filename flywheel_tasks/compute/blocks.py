@@ -7,8 +7,9 @@ so memory is bounded by what one block holds, whatever the size of the data.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flywheel_tasks.compute import session
 
@@ -16,24 +17,22 @@ B = TypeVar("B")
 R = TypeVar("R")
 
 
-def map_blocks(fn: Callable[[B], R], blocks: Sequence[B], *, cpus: float = 1.0) -> Iterator[R]:
+def map_blocks(
+    fn: Callable[[B], R], blocks: Sequence[B], *, cpus: float = 1.0, gpus: float = 0.0, actors: int = 0
+) -> Iterator[R]:
     """`fn` over `blocks`. One block, or one core, runs right here; more go through Ray Data.
 
-    Starting Ray takes longer than a small block does, so callers cut blocks worth several seconds of work.
+    Starting Ray takes longer than a small block does, so callers cut blocks worth several seconds of work. With
+    `actors`, that many workers stay up for all blocks, so what `fn` caches in its process (a model) is loaded once in
+    each; `cpus` and `gpus` are what one worker holds.
     """
-    if len(blocks) <= 1 or (session.cpus() < 2 and not _cluster()):
+    if len(blocks) <= 1 or (session.cpus() < 2 and not os.environ.get("RAY_ADDRESS")):
         yield from map(fn, blocks)
         return
-    yield from _through_ray(fn, blocks, cpus)
+    yield from _through_ray(fn, list(blocks), cpus, gpus, actors)
 
 
-def _cluster() -> bool:
-    import os
-
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def _through_ray(fn: Callable[[B], R], blocks: Sequence[B], cpus: float) -> Iterator[R]:
+def _through_ray(fn: Callable[[B], R], blocks: list[B], cpus: float, gpus: float, actors: int) -> Iterator[R]:
     session.ensure()
     import ray.data
 
@@ -41,11 +40,15 @@ def _through_ray(fn: Callable[[B], R], blocks: Sequence[B], cpus: float) -> Iter
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    shipped = list(blocks)
 
     def one(row: dict[str, int]) -> dict[str, object]:
-        return {"result": fn(shipped[row["item"]])}
+        return {"result": fn(blocks[row["item"]])}
 
-    dataset = ray.data.from_items(list(range(len(shipped))), override_num_blocks=len(shipped))
-    for row in dataset.map(one, num_cpus=cpus).iter_rows():
+    class Worker:
+        def __call__(self, row: dict[str, int]) -> dict[str, object]:
+            return one(row)
+
+    dataset = ray.data.from_items(list(range(len(blocks))), override_num_blocks=len(blocks))
+    workers: Any = {"fn": Worker, "compute": ray.data.ActorPoolStrategy(size=actors)} if actors else {"fn": one}
+    for row in dataset.map(**workers, num_cpus=cpus, num_gpus=gpus).iter_rows():
         yield row["result"]

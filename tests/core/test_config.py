@@ -18,7 +18,7 @@ class Tuned(StageConfig):
     threads: int = Field(1, json_schema_extra=Operational)
 
 
-STAGES = {"tune": Tuned}
+STAGES = {stage.name: stage.config for stage in pipeline.STAGES} | {"tune": Tuned}
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -1,0 +1,177 @@
+"""What all launchers share: a stage's command line, its parameters, its docs, and the DAG around it.
+
+A launcher is one file `launch_<mode>.py` with a class `Launcher(StageOperator)` that says how a command line is
+run; the environment variable FLYWHEEL_LAUNCHER names the mode (default: local).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+from airflow.sdk import DAG, BaseOperator, Param, TaskGroup
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from flywheel_tasks.core.config import PROFILES
+from flywheel_tasks.core.ids import cycle_of
+from flywheel_tasks.core.stage import PHASES, Stage
+
+CYCLE = r"^(\d{4}-W(0[1-9]|[1-4]\d|5[0-3]))?$"
+OVERRIDE = r"^[A-Za-z][\w-]*(\.[\w-]+)*="
+MANIFEST_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\x00-\x1f]+")
+
+
+class StageOperator(BaseOperator):
+    """Runs one stage as `flywheel run`; the manifest's URI is its only XCom.
+
+    Nothing here is a template and nothing reaches a shell: what a person typed into the trigger form travels as
+    one element of an argument list.
+    """
+
+    def __init__(self, *, stage: Stage, upstream: Sequence[str], settled_days: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.stage_name = stage.name
+        self.uses_user_key = stage.uses_user_key
+        self.upstream_stages = list(upstream)
+        self.settled_days = settled_days
+
+    def execute(self, context: Mapping[str, Any]) -> str:
+        params, ti = context["params"], context["ti"]
+        if self.stage_name in (params.get("skip") or ()):
+            raise AirflowSkipException(
+                f"{self.stage_name} is skipped: later stages use what this cycle has in the store"
+            )
+        found = {stage: ti.xcom_pull(task_ids=stage) for stage in self.upstream_stages}
+        cycle = params["cycle"] or self.derived_cycle(context)
+        uri = self.launch(stage_arguments(self.stage_name, cycle, params, found), context)
+        if not MANIFEST_URI.fullmatch(uri):
+            raise AirflowFailException(
+                f"{self.stage_name} ended without printing its manifest's URI (got {uri[:200]!r})"
+            )
+        self.log.info("artifact: %s", uri)
+        return uri
+
+    def derived_cycle(self, context: Mapping[str, Any]) -> str:
+        """The ISO week of the last day that is complete enough for this DAG when the run is due."""
+        run = context["dag_run"]
+        due = run.logical_date or run.run_after
+        return cycle_of(date(due.year, due.month, due.day) - timedelta(days=self.settled_days))
+
+    @staticmethod
+    def placement(stage: Stage) -> dict[str, Any]:
+        """Airflow settings that follow from what the stage asks of the machine."""
+        return {}
+
+    def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
+        """Run `flywheel` with these arguments, log its stderr, return the last line of its stdout."""
+        raise NotImplementedError
+
+
+def stage_arguments(stage: str, cycle: str, params: Mapping[str, Any], upstream: Mapping[str, str | None]) -> list[str]:
+    """The arguments of `flywheel` for one stage of one run."""
+    arguments = ["run", stage, "--cycle", cycle, "--profile", params["profile"]]
+    for override in params.get("overrides") or ():
+        arguments += ["--set", override]
+    for name, uri in upstream.items():
+        if uri:
+            arguments += ["--input", f"{name}={uri}"]
+    return arguments
+
+
+def build(dag: DAG, stages: Sequence[Stage], *, settled_days: int = 0) -> None:
+    """Fill a DAG with one task per stage: groups are the phases, edges are the declared inputs."""
+    launcher = importlib.import_module(f"launch_{os.environ.get('FLYWHEEL_LAUNCHER', 'local')}").Launcher
+    edges = {stage.name: upstream_in(stage, stages) for stage in stages}
+    tasks: dict[str, StageOperator] = {}
+    for phase in PHASES:
+        members = [stage for stage in stages if stage.phase == phase]
+        if not members:
+            continue
+        with TaskGroup(group_id=phase, dag=dag, prefix_group_id=False):
+            for stage in members:
+                tasks[stage.name] = launcher(
+                    task_id=stage.name,
+                    stage=stage,
+                    upstream=edges[stage.name],
+                    settled_days=settled_days,
+                    doc_md=documentation(stage),
+                    # A skipped stage does not stop the loop; a failed one does.
+                    trigger_rule="none_failed",
+                    **launcher.placement(stage),
+                )
+    for name, upstream in edges.items():
+        for other in upstream:
+            tasks[other] >> tasks[name]
+
+
+def upstream_in(stage: Stage, stages: Sequence[Stage]) -> list[str]:
+    """The stages of the same DAG whose artifact of this same cycle the stage reads, in declared order."""
+    here = {other.name for other in stages}
+    return list(dict.fromkeys(i.stage for i in stage.inputs.values() if not i.previous and i.stage in here))
+
+
+def documentation(stage: Stage) -> str:
+    """The task's page in the UI, from the declaration alone."""
+    reads = [
+        f"`{i.stage}/{i.output}`{' of the cycle before' if i.previous else ''}{' (optional)' if i.optional else ''}"
+        for i in stage.inputs.values()
+    ] + [f"files named by `{stage.name}.{field}`" for field in stage.sources]
+    writes = [f"`{name}` ({schema})" for name, schema in stage.outputs.items()]
+    fields = {f"{stage.name}.{name}": field for name, field in stage.config.model_fields.items()}
+    rows = [
+        f"| `{key}` | `{_cell(field.get_default(call_default_factory=True))}` | {_cell(field.description or '')} |"
+        for key, field in fields.items()
+    ]
+    settings = ["| setting | default | meaning |", "|---|---|---|", *rows] if rows else []
+    parts = [
+        stage.doc,
+        f"**Paper** {stage.paper}",
+        f"**Reads** {', '.join(reads) or 'nothing'}",
+        f"**Writes** {', '.join(writes)}",
+    ]
+    return "\n\n".join([*parts, "\n".join(settings)]).strip()
+
+
+def parameters(stages: Sequence[Stage]) -> dict[str, Param]:
+    """The form of a manual trigger."""
+    names = [stage.name for stage in stages]
+    return {
+        "cycle": Param(
+            None,
+            title="Cycle",
+            description="ISO week such as 2026-W47. Empty: the week of this run.",
+            type=["null", "string"],
+            pattern=CYCLE,
+        ),
+        "profile": Param(
+            os.environ.get("FLYWHEEL_PROFILE", "demo"),
+            title="Profile",
+            description="Size of the models and of the work.",
+            type="string",
+            enum=list(PROFILES),
+        ),
+        "overrides": Param(
+            None,
+            title="Settings",
+            description="One KEY=VALUE per line, as after --set on the command line, for example: seed=7",
+            type=["null", "array"],
+            items={"type": "string", "pattern": OVERRIDE},
+        ),
+        "skip": Param(
+            None,
+            title="Stages to skip",
+            description="Later stages then use what the store holds for this cycle.",
+            type=["null", "array"],
+            items={"type": "string", "enum": names},
+            examples=names,
+            uniqueItems=True,
+        ),
+    }
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,355 @@
+"""Rule-based recognizers of high-risk identifiers (Sec. 2.6): pattern, then check digit or shape, then span.
+
+Every pattern is anchored or possessive, so that no text makes it backtrack: time is linear in the length of the text.
+They read folded text (normalise.py).
+"""
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+from flywheel_tasks.curation.checksums import IBAN_LENGTHS, card_network, luhn, mod97, verhoeff
+
+
+class Span(NamedTuple):
+    """An identifier at [start, end) of a text."""
+
+    start: int
+    end: int
+    entity: str
+
+
+Recognizer = Callable[[str], Iterator[Span]]
+
+_PROVIDERS: Final = (
+    r"(?:gmail|googlemail|yahoo|hotmail|outlook|icloud|proton(?:mail)?|live|aol|gmx|yandex|mail|rediffmail|qq|163)"
+)
+_S: Final = r"\s{0,3}"
+_AT: Final = rf"(?:{_S}[\[({{<]{_S}(?:at|@|arroba){_S}[\])}}>]{_S}|\s{{1,3}}(?:at|arroba)\s{{1,3}}|{_S}@{_S})"
+_DOT: Final = (
+    rf"(?:{_S}[\[({{<]{_S}(?:dot|punto|\.){_S}[\])}}>]{_S}|\s{{1,3}}(?:dot|punto)\s{{1,3}}|\s{{0,2}}\.\s{{0,2}})"
+)
+_LOCAL: Final = r"(?<![\w.+%'-])[\w.+%'-]++"
+_EMAIL = re.compile(rf"{_LOCAL}@(?:[\w-]++\.)++[^\W\d_]{{2,24}}(?![\w-])", re.I)
+_SIGN = re.compile(_AT, re.I)
+_HIDDEN_HOST = re.compile(rf"(?P<first>[\w-]{{1,63}}+)(?P<rest>(?:{_DOT}[\w-]{{1,24}}){{1,4}}?)(?![\w-])", re.I)
+_HIDDEN_LOCAL = re.compile(
+    rf"(?:(?<!\w)\w\s){{0,30}}(?<![\w+%-])[\w+%-]{{1,64}}+(?:{_DOT}[\w+%-]{{1,64}}+){{0,3}}$", re.I
+)
+_HIDDEN_TLD = re.compile(r"(?:com|net|org|edu|gov|io|co|in|de|uk|fr|es|it|ru|br|mx|me|us|info|dev|app|ai)", re.I)
+
+
+def emails(text: str) -> Iterator[Span]:
+    """Addresses, also with spaces around the sign or written as `name (at) host dot com`."""
+    if "@" in text:
+        for match in _EMAIL.finditer(text):
+            start = match.start() + (match.group()[0] in ".'-%")
+            yield Span(start, match.end(), "EMAIL")
+    for sign in _SIGN.finditer(text):
+        host = _HIDDEN_HOST.match(text, sign.end())
+        if host and _is_hidden_host(sign.group(), host):
+            local = _HIDDEN_LOCAL.search(text[max(0, sign.start() - 80) : sign.start()])
+            if local:
+                yield Span(sign.start() - len(local.group()), host.end(), "EMAIL")
+
+
+def _is_hidden_host(sign: str, host: re.Match[str]) -> bool:
+    labels = re.split(_DOT, host.group(), flags=re.I)
+    if not _HIDDEN_TLD.fullmatch(labels[-1]) or labels[0].lower() in ("the", "a", "this", "my"):
+        return False
+    provider = re.fullmatch(_PROVIDERS, labels[0], re.I) is not None
+    bracketed = any(c in sign for c in "[({<")
+    spelled = re.search(r"\b(?:dot|punto)\b|[\[({<]", host["rest"], re.I) is not None
+    return provider or bracketed or spelled or ("@" in sign and not re.search(r"\.\s", host["rest"]))
+
+
+_URL = re.compile(r"(?<![\w@])(?:[a-z][a-z+]{1,9}://[^\s<>\"'`]++|www\.[^\s<>\"'`]++)", re.I)
+_TLD: Final = (
+    "com|net|org|edu|gov|io|app|dev|info|biz|xyz|online|site|tech|gg|tv|ly|be|me|co\\.uk|co\\.in|com\\.br|"
+    "de|fr|es|it|nl|ru|in|eu|ai"
+)
+_DOMAIN = re.compile(
+    r"(?<![\w@./:-])(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)(?:[a-z0-9-]{1,63}\.){0,3}?"
+    rf"(?P<tld>{_TLD})(?P<path>/[^\s<>\"'`]*+)?(?![\w@-]|\.\w)",
+    re.I,
+)
+_OPEN_TLD = frozenset(("com", "net", "org", "edu", "gov", "io", "info", "biz", "xyz", "co.uk", "co.in", "com.br"))
+_SECRET = re.compile(
+    r"[?&;#/](?:[\w-]*(?:token|secret|passw|pwd|auth|session|sess_?id|api_?key|signature|credential|otp|invite|reset)[\w-]*"
+    r"|key|sig|code|sid)[=/][^&\s]{4,}"
+    r"|//[^/\s@]{1,128}:[^/\s@]{1,128}@",
+    re.I,
+)
+_LONG_TOKEN = re.compile(r"[/=](?=[a-z]{0,99}\d)(?=\d{0,99}[a-z])[a-z0-9]{20,}(?![\w-])|[/=]eyJ[\w-]{10,}\.", re.I)
+
+
+def urls(text: str) -> Iterator[Span]:
+    """Links and bare domains; one that carries a credential or a long token is a URL_SECRET."""
+    for match in _URL.finditer(text):
+        link = match.group().rstrip(".,;:!?)]}»”\u2019*")
+        if len(link) < 6 or ("." not in link and "://" not in link):
+            continue
+        secret = _SECRET.search(link[:4096]) or _LONG_TOKEN.search(link[:4096])
+        yield Span(match.start(), match.start() + len(link), "URL_SECRET" if secret else "URL")
+    for match in _DOMAIN.finditer(text):
+        path = match["path"]
+        if path is None and match["tld"].lower() not in _OPEN_TLD:
+            continue
+        link = match.group().rstrip(".,;:!?)]}")
+        secret = _SECRET.search(link[:4096]) or _LONG_TOKEN.search(link[:4096])
+        yield Span(match.start(), match.start() + len(link), "URL_SECRET" if secret else "URL")
+
+
+_IPV4 = re.compile(r"(?<![\w.])(?<!v )(?:\d{1,3}\.){3}\d{1,3}(?:/\d{1,2}|:\d{2,5})?(?![\w]|\.\d)")
+_IPV6 = re.compile(
+    r"(?<![\w:.])[0-9a-f]{0,4}:[0-9a-f:]{1,40}+(?:\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})?(?:%\w{1,15})?(?![\w:])", re.I
+)
+_VERSION = re.compile(r"\b(?:version|release|build|ver)\.?\s*$", re.I)
+
+
+def ips(text: str) -> Iterator[Span]:
+    """IPv4 and IPv6 addresses, with port or prefix; version numbers are not addresses."""
+    for match in _IPV4.finditer(text):
+        octets = re.split(r"[/:]", match.group())[0].split(".")
+        if all(int(o) <= 255 for o in octets) and not _VERSION.search(text, max(0, match.start() - 12), match.start()):
+            yield Span(match.start(), match.end(), "IP")
+    if ":" not in text:
+        return
+    for match in _IPV6.finditer(text):
+        candidate = match.group().split("%")[0].rstrip(":") if not match.group().endswith("::") else match.group()
+        try:
+            ipaddress.IPv6Address(candidate)
+        except ValueError:
+            continue
+        if sum(c in "0123456789abcdefABCDEF" for c in candidate) >= 3:
+            yield Span(match.start(), match.start() + len(match.group()), "IP")
+
+
+_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=(?:[ -]?[A-Za-z0-9]){11})")
+
+
+def ibans(text: str) -> Iterator[Span]:
+    """IBANs of the country's length with a valid check number, with or without separators."""
+    for match in _IBAN.finditer(text):
+        length = IBAN_LENGTHS.get(match.group()[:2].upper())
+        if length is None:
+            continue
+        body = re.compile(rf"(?:[A-Za-z0-9][ -]?){{{length - 1}}}[A-Za-z0-9](?![A-Za-z0-9])").match(text, match.start())
+        if body and mod97(re.sub(r"[ -]", "", body.group()).upper()):
+            yield Span(match.start(), body.end(), "IBAN")
+
+
+_RUN = re.compile(r"(?<!\d)(?<!\d\.)\d++(?:[ .-]\d++)*+")
+_GROUP = re.compile(r"\d++")
+_CARD_START = re.compile(r"[2-6]|1[ .-]?8|8[ .-]?1")
+
+
+def cards(text: str) -> Iterator[Span]:
+    """Payment cards: a network's prefix and length, and a Luhn check, over consecutive groups of digits."""
+    for run in _RUN.finditer(text):
+        if run.end() - run.start() < 12:
+            continue
+        groups = [m.span() for m in _GROUP.finditer(text, run.start(), run.end())]
+        first = 0
+        while first < len(groups):
+            digits, last = "", first
+            found = None
+            possible = _CARD_START.match(text, groups[first][0])
+            while possible and last < len(groups) and len(digits) < 19:
+                digits += text[groups[last][0] : groups[last][1]]
+                last += 1
+                if 12 <= len(digits) <= 19 and _is_card(digits) and _grouped(text, groups[first:last]):
+                    found = last
+            if found:
+                yield Span(groups[first][0], groups[found - 1][1], "CARD")
+            first = found or first + 1
+
+
+def _is_card(digits: str) -> bool:
+    return card_network(digits) and len(set(digits)) > 1 and luhn(digits)
+
+
+def _grouped(text: str, groups: list[tuple[int, int]]) -> bool:
+    """Cards are written in groups of three or more, or digit by digit, with one kind of separator."""
+    sizes = [end - start for start, end in groups]
+    separators = {text[end] for _, end in groups[:-1]}
+    return len(separators) <= 1 and (min(sizes[:-1], default=3) >= 3 or max(sizes) == 1)
+
+
+_SSN = re.compile(r"(?<![\d-])(?!000|666)\d{3}(?P<sep>[ .-])(?!00)\d{2}(?P=sep)(?!0000)\d{4}(?![\d-])")
+_SSN_PLAIN = re.compile(
+    r"\b(?:ssn|social\s+security)\W{0,3}(?:(?:is|number|no|was)\W{1,3}){0,3}(?P<id>\d{9}|\d{3}-?\d{2}-?\d{4})(?!\d)",
+    re.I,
+)
+
+
+def ssns(text: str) -> Iterator[Span]:
+    """US social security numbers and ITINs: with separators, or plain after their name."""
+    for match in _SSN.finditer(text):
+        if match.group()[0] != "9" or match.group()[4] in "56789":
+            yield Span(match.start(), match.end(), "SSN")
+    for match in _SSN_PLAIN.finditer(text):
+        yield Span(*match.span("id"), "SSN")
+
+
+_AADHAAR = re.compile(r"(?<![\d-])[2-9]\d{3}([ -]?)\d{4}\1\d{4}(?![\d-])")
+
+
+def aadhaars(text: str) -> Iterator[Span]:
+    """Indian Aadhaar numbers with a valid Verhoeff digit."""
+    for match in _AADHAAR.finditer(text):
+        digits = re.sub(r"\D", "", match.group())
+        if verhoeff(digits) and len(set(digits)) > 2:
+            yield Span(match.start(), match.end(), "AADHAAR")
+
+
+_PHONE = re.compile(
+    r"(?<![\w.@/:$€£₹#=-])(?:\+\s?|00)?\(?\d++(?:[ .\-/()]{1,3}\d++)*+(?:\s?(?:x|ext\.?|extension)\s?\d{1,6})?"
+    r"(?![\d:%])",
+    re.I,
+)
+_PHONE_CONTEXT = re.compile(
+    r"\b(?:call|phone|tel|telephone|mobile|cell|text|txt|(?:my|his|her|our|your|their)\s(?:number|num|no)|whats\s?app|fax|desk|"
+    r"contact|reach|ring|dial|sms|hotline|fon|telefon|m[oó]vil|celular|tel[eé]fono|llama|portable|cellulare|mobil|handy|registered)\b[^\n]{0,24}$",
+    re.I,
+)
+_UNIT = re.compile(
+    r"\s?(?:usd|eur|dollars?|euros?|rupees?|rs|bucks|km|miles?|meters?|kg|lbs?|years?|people|points?|views|followers|users|"
+    r"times|steps|words|tokens|degrees|million|billion)\b",
+    re.I,
+)
+_DATE = re.compile(
+    r"(?:1[89]|20)\d\d[-/. ](?:0?[1-9]|1[0-2])[-/. ](?:0?[1-9]|[12]\d|3[01])(?:\D|$)"
+    r"|(?:0?[1-9]|[12]\d|3[01])([-/.])(?:0?[1-9]|[12]\d|3[01])\1(?:1[89]|20)?\d\d(?:[^\d./-]|$)"
+)
+_DOI = re.compile(r"10\.\d{4,5}/")
+WORD_DIGIT: Final = r"(?:zero|oh|one|two|three|four|five|six|seven|eight|nine)"
+_SPELLED = re.compile(rf"(?<!\w){WORD_DIGIT}(?:[\s,.-]{{1,3}}(?:double\s|triple\s)?{WORD_DIGIT}){{6,}}+(?!\w)", re.I)
+_PAIRS = frozenset({(3, 4), (4, 4), (3, 7), (3, 8), (4, 6), (4, 7), (5, 5), (5, 6), (2, 7), (2, 8)})
+
+
+def phones(text: str) -> Iterator[Span]:
+    """Telephone numbers by their shape, plain ones by length or by a word before them; also digits spelled as words."""
+    for match in _PHONE.finditer(text):
+        start, end = _trim(text, match.start(), match.end())
+        if start < end and _is_phone(text, start, end):
+            yield Span(start, end, "PHONE")
+    for match in _SPELLED.finditer(text):
+        yield Span(match.start(), match.end(), "PHONE")
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    """The match without brackets that have no partner and without trailing marks."""
+    opening, closing = text.find("(", start, end), text.find(")", start, end)
+    if closing >= 0 and not start <= opening < closing:
+        start = closing + 1
+    elif text.count("(", start, end) > text.count(")", start, end):
+        end = text.rindex("(", start, end)
+    body = text[start:end]
+    return end - len(body.lstrip(" .-/")), start + len(body.rstrip(" .-/()"))
+
+
+def _is_phone(text: str, start: int, end: int) -> bool:
+    body = text[start:end]
+    number = re.split(r"(?i)\s?(?:x|ext)", body)[0]
+    groups = tuple(len(g) for g in re.findall(r"\d+", number))
+    digits = sum(groups)
+    if not 7 <= digits <= 15 or _DATE.match(number) or _DOI.match(number) or _UNIT.match(text, end):
+        return False
+    if all(re.fullmatch(r"1[89]\d\d|20\d\d", g) for g in re.findall(r"\d+", number)):
+        return False
+    marked = number[0] in "+(" or number.startswith("00")
+    if (marked and len(groups) > 1) or number[0] == "+":
+        return True
+    if _PHONE_CONTEXT.search(text, max(0, start - 40), start):
+        return True
+    separators = set(re.findall(r"[ .\-/()]", number))
+    if len(groups) == 1:
+        return 10 <= digits <= 13
+    if separators == {"."} and (len(groups) < 3 or all(g == 3 for g in groups[1:])):
+        return False
+    if len(groups) == 2:
+        return groups in _PAIRS and bool(separators & {" ", "-", "("})
+    if re.fullmatch(r"\d{1,3}(?:[ ,]000)+", number):
+        return False
+    if max(groups) == 1:
+        return 10 <= digits <= 13 and number[:17:2] != "123456789"
+    return digits >= 8 and min(groups) >= 2 and len(groups) <= 6
+
+
+STREET_SUFFIX: Final = (
+    r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|place|pl|squares?|sq|terrace|parkway|pkwy|"
+    r"highway|hwy|close|crescent|cres|circle|trail|way|gardens|grove|mews|nagar|marg)"
+)
+STREET_UNIT: Final = r"(?:apt|apartment|suite|ste|flat|unit|po\s?box|p\.o\.\s?box|box|psc|floor)"
+_STREET = re.compile(
+    rf"(?<![\w.])\d{{1,6}}[a-z]?,?(?P<name>(?:\s+[^\W\d_][\w'\u2019.-]{{0,30}}){{1,4}}?)\s+(?P<suffix>{STREET_SUFFIX})\b\.?"
+    rf"(?:,?\s+{STREET_UNIT}\.?\s*#?\d{{1,6}}[a-z]?\b)?",
+    re.I,
+)
+_STREET_LAST = re.compile(
+    r"(?<!\w)(?:[A-ZÀ-Þ][\w'\u2019-]{1,30}(?:straße|strasse|str\.|gasse|weg|platz|gatan|vägen|vej|veien|gata|katu|tie)"
+    r"|(?:Rue|rue|Calle|calle|C/|Avenida|Av\.|Via|via|Viale|Piazza|Rua|rua|ulica|ul\.)\s+(?:[^\W\d_][\w'\u2019.-]{0,30}\s+){1,5}?"
+    r"|(?:[A-ZÀ-Þ][\w'\u2019-]{1,30}\s+){1,3}(?:utca|út|u\.|tér))\s*,?\s*\d{1,5}[a-z]?\b\.?"
+)
+_UNIT_ALONE = re.compile(rf"(?<!\w){STREET_UNIT}\.?\s*#?\s?\d{{1,6}}[a-z]?\b", re.I)
+_NOT_STREET = re.compile(
+    r"the|an?|of|in|on|to|and|or|at|for|from|with|is|was|per|more|other|min(?:utes?)?|hours?|days?|weeks?|months?|years?|miles?|km"
+    r"|kilometers?|meters?|feet|foot|times?|mpg|mph|old|long|short|way|st|th|nd|rd|percent|people"
+)
+_PROPER_ONLY = re.compile(r"way|drive|place|close|court|square|circle|trail|st|dr|pl|ct|gardens|highway", re.I)
+
+
+def addresses(text: str) -> Iterator[Span]:
+    """Street addresses by house number and kind of street (English and common European forms), and unit numbers."""
+    for match in _STREET.finditer(text):
+        words = match["name"].split()
+        proper = all(w[0].isupper() or not w[0].isalpha() for w in words) and not match["suffix"].islower()
+        ordinary = any(_NOT_STREET.fullmatch(w.lower().strip(".,")) for w in words)
+        if proper or not (ordinary or _PROPER_ONLY.fullmatch(match["suffix"])):
+            yield Span(match.start(), match.end(), "ADDRESS")
+    for pattern in (_STREET_LAST, _UNIT_ALONE):
+        for match in pattern.finditer(text):
+            yield Span(match.start(), match.end(), "ADDRESS")
+
+
+_HANDLE = re.compile(r"(?<![\w@./])@[A-Za-z_][\w.]{1,29}(?<!\.)")
+_HANDLE_NAMED = re.compile(
+    r"\b(?:insta|instagram|ig|snap|snapchat|telegram|discord|twitter|tiktok|kik|wechat|skype|username|handle)\b"
+    r"(?:\s+(?:is|id|handle|username|name|user|account)){0,3}\s*[:=-]?\s*(?P<id>[\w.]*[\d_][\w.]*(?:#\d{4})?)",
+    re.I,
+)
+
+
+def handles(text: str) -> Iterator[Span]:
+    """Account names: @name, or a name with a digit or underscore after the service's name."""
+    for match in _HANDLE.finditer(text):
+        yield Span(match.start(), match.end(), "HANDLE")
+    for match in _HANDLE_NAMED.finditer(text):
+        if len(match["id"]) >= 3 and not match["id"].isdigit():
+            yield Span(*match.span("id"), "HANDLE")
+
+
+RECOGNIZERS: Final[tuple[Recognizer, ...]] = (
+    urls, emails, ibans, cards, ssns, aadhaars, ips, addresses, phones, handles,
+)  # fmt: skip
+"""In order of precedence: where spans overlap, the first one names the mask."""
+
+
+def find(text: str) -> list[Span]:
+    """Every identifier of the folded text, in order of precedence; spans may overlap."""
+    return [span for recognize in RECOGNIZERS for span in recognize(text)]
+
+
+def merge(spans: list[Span]) -> list[Span]:
+    """Disjoint spans that cover the same characters; where several overlap, the first in the list names the union."""
+    merged: list[tuple[int, Span]] = []
+    for rank, span in sorted(enumerate(spans), key=lambda item: (item[1].start, item[1].end)):
+        if merged and span.start < merged[-1][1].end:
+            other_rank, other = merged[-1]
+            entity = span.entity if rank < other_rank else other.entity
+            merged[-1] = (min(rank, other_rank), Span(other.start, max(other.end, span.end), entity))
+        else:
+            merged.append((rank, span))
+    return [span for _, span in merged]

@@ -1,0 +1,225 @@
+"""`make demo`: a simulated week of traffic, then one whole cycle through the Airflow DAG, followed to its end."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from flywheel_tasks.core import ids
+from flywheel_tasks.core.errors import FlywheelError
+from flywheel_tasks.core.manifest import Manifest
+from flywheel_tasks.core.store import Store
+from flywheel_tasks.pipeline import STAGES
+from flywheel_tasks.services import Endpoints, banner, running, state_dir
+
+DAG = "character_flywheel"
+USERS, DAYS, SEED = 300, 7, 17
+LOG_LINES = 25
+DONE = ("success", "failed", "skipped", "upstream_failed", "removed")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The last state of one task of the run, and its artifact where it has one."""
+
+    stage: str
+    state: str
+    seconds: float
+    tries: int
+    manifest: Manifest | None = None
+
+
+def run_demo(cycle: str, say: Say) -> int:
+    """Returns the exit code: 0 only when every stage of the cycle succeeded."""
+    began = time.monotonic()
+    os.umask(0o077)
+    cycle = ids.cycle_id(cycle) if cycle else ids.cycle_of(datetime.datetime.now(datetime.UTC).date())
+    logs = traffic(cycle, say)
+    with running(say, whole=False) as (endpoints, check):
+        say(banner(endpoints))
+        airflow = Airflow(endpoints)
+        airflow.wait_for_dag(check)
+        paused = airflow.pause(False)
+        try:
+            conf = {"cycle": cycle, "profile": "demo", "overrides": [f"ingest.logs={json.dumps([logs])}"]}
+            run_id = airflow.trigger(f"demo-{cycle}-{datetime.datetime.now():%Y%m%dT%H%M%S}", conf)
+            say(f"\nCycle {cycle}: run {run_id}")
+            tasks, state = follow(airflow, run_id, check, say)
+        finally:
+            if paused:
+                airflow.pause(True)
+        started = airflow.get(f"/dags/{DAG}/dagRuns/{run_id}")["start_date"]
+        stores = sorted({t for task in tasks if (t := airflow.store_of(task.stage))})
+    show(tasks, datetime.datetime.fromisoformat(started))
+    say(f"\nCycle {cycle}: {state} in {time.monotonic() - began:.0f} s.")
+    for store in stores:
+        say(f"  Store     {store}")
+    say(f"  State     {state_dir()}")
+    say(f"  'make up' opens Airflow and MLflow again (user {endpoints.user}, password in {endpoints.password_file}).")
+    return 0 if state == "success" else 1
+
+
+def traffic(cycle: str, say: Say) -> str:
+    """The week before the cycle, written once; returns the glob of its files."""
+    from flywheel_tasks.simulation.traffic import write_event_log
+
+    folder = state_dir() / "demo" / cycle
+    if not folder.exists():
+        start = ids.cycle_start(cycle) - datetime.timedelta(days=DAYS)
+        say(f"Simulating {USERS} users for {DAYS} days from {start} ...")
+        unfinished = folder.with_name(f"{cycle}.{secrets.token_hex(4)}")
+        unfinished.mkdir(parents=True)
+        try:
+            truth = write_event_log(unfinished, users=USERS, days=DAYS, seed=SEED, start=start)
+            os.rename(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        say(f"{truth.lines:,} log lines of {len(truth.conversations):,} conversations in {folder}")
+    return str(folder / "*")
+
+
+def follow(airflow: Airflow, run_id: str, check: Callable[[], None], say: Say) -> tuple[list[Task], str]:
+    """Print each change of a task's state until the run ends; of a failure, the end of its log."""
+    last: dict[str, tuple[str, int]] = {}
+    while True:
+        check()
+        state = airflow.get(f"/dags/{DAG}/dagRuns/{run_id}")["state"]
+        tasks = airflow.tasks(run_id)
+        for task in tasks:
+            now = (task.state, task.tries)
+            if last.get(task.stage) == now or task.state in ("none", "scheduled", "queued"):
+                continue
+            last[task.stage] = now
+            say(f"  {datetime.datetime.now():%H:%M:%S}  {task.stage:<22} {task.state:<13} {describe(task)}")
+            if task.state in ("failed", "up_for_retry"):
+                say(airflow.log_tail(run_id, task))
+        if state in ("success", "failed"):
+            return tasks, state
+        time.sleep(1)
+
+
+def describe(task: Task) -> str:
+    if task.state not in DONE:
+        return ""
+    rows = task.manifest.rows if task.manifest else None
+    count = (
+        f"   {rows.rows_in:,} {rows.unit}s in, {rows.rows_out:,} out, {rows.rows_rejected:,} rejected" if rows else ""
+    )
+    return f"{task.seconds:6.1f} s{count}"
+
+
+def show(tasks: list[Task], started: datetime.datetime) -> None:
+    """The summary table; a key this short is enough for `flywheel show`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "state", box=None, pad_edge=False)
+    for column in ("in", "out", "rejected", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("artifact")
+    for task in tasks:
+        made = task.manifest
+        rows = made.rows if made else None
+        counts = [f"{n:,}" for n in (rows.rows_in, rows.rows_out, rows.rows_rejected)] if rows else ["", "", ""]
+        state = "from store" if made and made.finished < started else task.state
+        table.add_row(task.stage, state, *counts, f"{task.seconds:.1f}", made.key[:12] if made else "")
+    Console().print("\n", table, sep="")
+
+
+class Airflow:
+    """The few calls of Airflow's REST API that the demo needs."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        login = {"username": endpoints.user, "password": endpoints.password()}
+        answer = httpx.post(
+            f"{endpoints.airflow}/auth/token", json=login, timeout=60, trust_env=False
+        ).raise_for_status()
+        bearer = {"Authorization": f"Bearer {answer.json()['access_token']}"}
+        self._http = httpx.Client(base_url=f"{endpoints.airflow}/api/v2", headers=bearer, timeout=60, trust_env=False)
+        self._manifests: dict[str, Manifest] = {}
+        self._uris: dict[str, str] = {}
+
+    def get(self, path: str) -> Any:
+        try:
+            return self._json(self._http.get(path))
+        except httpx.TransportError as error:
+            raise FlywheelError(f"Airflow does not answer ({error}): see its logs in {state_dir() / 'logs'}") from error
+
+    def wait_for_dag(self, check: Callable[[], None], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while self._http.get(f"/dags/{DAG}/details").status_code != 200:
+            check()
+            for error in self.get("/importErrors")["import_errors"]:
+                problem = FlywheelError(f"Airflow cannot read {error['filename']}")
+                problem.add_note(error["stack_trace"])
+                raise problem
+            if time.monotonic() > deadline:
+                raise FlywheelError(
+                    f"Airflow has not found the DAG '{DAG}' after {seconds:.0f} s: see the dag-processor's log"
+                )
+            time.sleep(0.5)
+
+    def pause(self, paused: bool) -> bool:
+        """Set whether the schedule runs; returns what it was."""
+        before = self.get(f"/dags/{DAG}")["is_paused"]
+        self._json(self._http.patch(f"/dags/{DAG}", json={"is_paused": paused}))
+        return bool(before)
+
+    def trigger(self, run_id: str, conf: dict[str, Any]) -> str:
+        body = {"dag_run_id": run_id, "logical_date": None, "conf": conf}
+        answer = self._http.post(f"/dags/{DAG}/dagRuns", json=body)
+        return str(self._json(answer)["dag_run_id"])
+
+    def tasks(self, run_id: str) -> list[Task]:
+        rows = self.get(f"/dags/{DAG}/dagRuns/{run_id}/taskInstances")["task_instances"]
+        order = [stage.name for stage in STAGES]
+        return [
+            Task(
+                stage=row["task_id"],
+                state=row["state"] or "none",
+                seconds=row["duration"] or 0.0,
+                tries=row["try_number"],
+                manifest=self._manifest(run_id, row["task_id"]) if row["state"] == "success" else None,
+            )
+            for row in sorted(rows, key=lambda row: order.index(row["task_id"]))
+        ]
+
+    def store_of(self, stage: str) -> str:
+        return self._uris.get(stage, "").partition("/artifacts/")[0]
+
+    def log_tail(self, run_id: str, task: Task) -> str:
+        """The end of the task's log without what Airflow says before and after the stage."""
+        path = f"/dags/{DAG}/dagRuns/{run_id}/taskInstances/{task.stage}/logs/{max(1, task.tries)}"
+        said, folded = [], False
+        for line in self.get(path)["content"]:
+            event = line["event"] if isinstance(line, dict) else str(line)
+            if event.startswith("::"):
+                folded = event.startswith("::group::")
+            elif not folded:
+                said += [event, *(f"{error['exc_value']}" for error in line.get("error_detail") or ())]
+        return "\n".join(f"      | {text}" for text in said[-LOG_LINES:])
+
+    def _manifest(self, run_id: str, stage: str) -> Manifest:
+        if stage not in self._manifests:
+            path = f"/dags/{DAG}/dagRuns/{run_id}/taskInstances/{stage}/xcomEntries/return_value"
+            uri = self._uris[stage] = str(self.get(path)["value"])
+            self._manifests[stage] = Store(uri.partition("/artifacts/")[0]).by_uri(uri).manifest
+        return self._manifests[stage]
+
+    @staticmethod
+    def _json(answer: httpx.Response) -> Any:
+        if answer.is_error:
+            raise FlywheelError(
+                f"Airflow answered {answer.status_code} to {answer.request.url.path}: {answer.text[:500]}"
+            )
+        return answer.json()

@@ -1,0 +1,125 @@
+"""The `flywheel readout` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RUNNING, REFUSED = 3, 2
+
+
+def register(app: typer.Typer) -> None:
+    """Add `readout` to the command line."""
+    app.command("readout")(readout)
+
+
+def readout(
+    activity: Annotated[
+        list[str], typer.Option(help="Activity Parquet (unit_id, day, sends): a file or a glob; may repeat.")
+    ],
+    exposures: Annotated[
+        list[str] | None,
+        typer.Option(help="Exposure Parquet (experiment, unit_id, arm, exposed_at): a file or a glob; may repeat."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Before launch: power and minimum detectable lift from past activity.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the forest plot to this PNG.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="Which experiment, where the log holds several.")] = None,
+    control: Annotated[str, typer.Option(help="The arm with the current baseline.")] = "control",
+    start: Annotated[
+        str | None, typer.Option(help="First day of the window, YYYY-MM-DD (default: from the data).")
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, max=28, help="Days in the window.")] = 7,
+    as_of: Annotated[
+        str | None, typer.Option(help="Data is complete before this day (default: the last day + 1).")
+    ] = None,
+    estimand: Annotated[
+        str, typer.Option(help="calendar_window, days_since_exposure or per_user_window.")
+    ] = "calendar_window",
+    time_zone: Annotated[str, typer.Option(help="Zone whose days the exposures follow.")] = "UTC",
+    naive_zone: Annotated[
+        str | None, typer.Option(help="Zone of exposure times without one (default: refuse them).")
+    ] = None,
+    missing_day: Annotated[list[str] | None, typer.Option(help="Declare a day without data; may repeat.")] = None,
+    pre_days: Annotated[int, typer.Option(min=0, max=28, help="Days before the window for CUPED.")] = 0,
+    segment: Annotated[
+        list[str] | None, typer.Option(help="Column of the exposure log to split by; may repeat.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Level of every interval and test.")] = 0.05,
+    bad_rows: Annotated[
+        str, typer.Option(help="Rows with nulls or negative sends: refuse, or drop (and count).")
+    ] = "refuse",
+    partition_bits: Annotated[
+        int, typer.Option(min=0, max=12, help="Read the units in 2^bits parts, to save memory.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Ray tasks over the parts.")] = 0,
+    share: Annotated[float, typer.Option(help="With --plan: share of the units in each arm.")] = 0.1,
+    units: Annotated[int | None, typer.Option(help="With --plan: units per arm, instead of a share.")] = None,
+    power: Annotated[float, typer.Option(help="With --plan: chance to declare a true lift.")] = 0.8,
+    tests: Annotated[int, typer.Option(min=1, help="With --plan: primary claims that share alpha.")] = 2,
+) -> None:
+    """Read an A/B test: breadth and depth lifts with Fieller's confidence sets, checks, and a decision.
+
+    Exit code 0: the readout is closed. 2: bad input, or a check refused the readout. 3: its window is not complete.
+    """
+    from rich.console import Console
+
+    from flywheel_tasks.core.errors import FlywheelError
+    from flywheel_tasks.release.readout_cli import plan_files, read_out_files, render_plan
+    from flywheel_tasks.release.table import render
+
+    choices: dict[str, Any] = {
+        "experiment": experiment, "control": control, "start": start, "days": days, "as_of": as_of,
+        "estimand": estimand, "time_zone": time_zone, "naive_zone": naive_zone,
+        "missing_days": tuple(missing_day or ()), "pre_days": pre_days,
+        "segments": tuple(segment or ()), "alpha": alpha, "bad_rows": bad_rows, "partition_bits": partition_bits,
+        "workers": workers,
+    }  # fmt: skip
+    try:
+        config = _config(choices)
+        if plan:
+            found = plan_files(activity, config, share, power, tests, units)
+            _print(found.as_json(), render_plan(found), as_json)
+            return
+        if not exposures:
+            raise typer.BadParameter("give --exposures, or --plan to plan from the activity alone")
+        result = read_out_files(exposures, activity, config, plot)
+    except FlywheelError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+    _print(result.as_json(), render(result), as_json)
+    if result.status != "closed":
+        Console(stderr=True).print(
+            f"{result.status}: {'; '.join(result.problems)}", markup=False, highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(RUNNING if result.status == "running" else REFUSED)
+
+
+def _config(choices: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from flywheel_tasks.core.errors import ConfigError
+    from flywheel_tasks.release.readout_config import ReadoutConfig
+
+    try:
+        return ReadoutConfig(**choices)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = (
+            "--" + "-".join(str(part) for part in problem["loc"][:1]).replace("_", "-") if problem["loc"] else "readout"
+        )
+        raise ConfigError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from error
+
+
+def _print(plain: dict[str, Any], table: Any, as_json: bool) -> None:
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(json.dumps(plain, indent=1, allow_nan=False))
+    else:
+        Console().print(table)

@@ -1,0 +1,149 @@
+"""expose: who is in which arm of which experiment, and since when (Sec. 2.5.2): the cumulative exposure log."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, field_validator
+
+from flywheel_tasks.core import schemas
+from flywheel_tasks.core.config import StageConfig
+from flywheel_tasks.core.errors import ConfigError, InputError
+from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
+from flywheel_tasks.release.assign import Experiment, assign, conflicts
+
+
+class ExposeConfig(StageConfig):
+    experiments: tuple[Experiment, ...] = Field((Experiment(),), description="the experiments that run now")
+    start: dt.date | None = Field(
+        None, description="no unit is exposed before this day (empty: the first day of the activity)"
+    )
+    min_sends: int = Field(
+        1, ge=0, description="sends a unit needs on a day to be eligible, so to be served and exposed, on it"
+    )
+
+    @field_validator("experiments")
+    @classmethod
+    def _exclusive(cls, experiments: tuple[Experiment, ...]) -> tuple[Experiment, ...]:
+        if problem := conflicts(experiments):
+            raise ValueError(problem)
+        return experiments
+
+
+def first_days(activity: Iterable[pa.RecordBatch], start: dt.date | None, min_sends: int) -> pa.Table:
+    """The first day on which each unit is eligible: columns unit_id, day; sorted by day and unit."""
+    parts = []
+    for batch in activity:
+        keep = pc.greater_equal(batch.column("sends"), min_sends)
+        if start is not None:
+            keep = pc.and_(keep, pc.greater_equal(batch.column("day"), pa.scalar(start, pa.date32())))
+        parts.append(pa.Table.from_batches([batch.select(["unit_id", "day"]).filter(keep)]))
+    if not parts:
+        return pa.table({"unit_id": pa.array([], pa.string()), "day": pa.array([], pa.date32())})
+    found = pa.concat_tables(parts).group_by("unit_id").aggregate([("day", "min")]).rename_columns(["unit_id", "day"])
+    return found.sort_by([("day", "ascending"), ("unit_id", "ascending")])
+
+
+def new_exposures(first: pa.Table, experiment: Experiment, known: pa.Array) -> pa.Table:
+    """Rows of the exposure log for the units that enter the experiment now; a unit already in the log stays as it
+    is."""
+    fresh = first.filter(pc.invert(pc.is_in(first.column("unit_id"), value_set=known)))
+    arm = assign(fresh.column("unit_id").to_pylist(), experiment)
+    chosen = np.flatnonzero(arm >= 0)
+    rows = fresh.take(chosen)
+    names = pa.array(list(experiment.arms), pa.string())
+    return pa.table(
+        {
+            "experiment": pa.array([experiment.name] * len(chosen), pa.string()),
+            "unit_id": rows.column("unit_id"),
+            "arm": names.take(pa.array(arm[chosen])),
+            "exposed_at": rows.column("day").cast(pa.timestamp("us")).cast(schemas.TIMESTAMP),
+        },
+        schema=schemas.EXPOSURE,
+    )
+
+
+def named(experiments: tuple[Experiment, ...], cycle: str) -> tuple[Experiment, ...]:
+    """Experiments with their names; the unnamed one is the release of this cycle."""
+    full = tuple(e if e.name else e.model_copy(update={"name": f"release-{cycle}"}) for e in experiments)
+    if problem := conflicts(full):
+        raise ConfigError(f"expose.experiments: {problem}")
+    return full
+
+
+def run(inputs: Inputs, config: ExposeConfig, out: Output) -> None:
+    """Assign eligible units to arms by a keyed hash and append each unit's first exposure to the cumulative log.
+
+    Eligible are units with activity. A unit keeps its first arm for good; an experiment that ended stays in the log.
+    """
+    previous = inputs.get("previous")
+    log = previous.read() if previous else schemas.EXPOSURE.empty_table()
+    first = first_days(inputs["activity"].batches(), config.start, config.min_sends)
+    log, gone = _without(log, inputs.forgotten)
+    first, _ = _without(first, inputs.forgotten)
+    out.reject(gone)
+
+    added, report = [], {}
+    for experiment in named(config.experiments, out.cycle):
+        mine = log.filter(pc.equal(log.column("experiment"), experiment.name))
+        strange = set(mine.column("arm").unique().to_pylist()) - set(experiment.arms)
+        if strange:
+            raise InputError(
+                f"experiment '{experiment.name}' has units in arm '{sorted(strange)[0]}', which the config no longer "
+                "names: keep the arm with a small share, or start an experiment under a new name"
+            )
+        fresh = new_exposures(first, experiment, mine.column("unit_id").combine_chunks())
+        added.append(fresh)
+        sizes = Counter(pa.concat_tables([mine, fresh]).column("arm").to_pylist())
+        report[experiment.name] = {
+            "eligible_units": first.num_rows,
+            "already_exposed": mine.num_rows,
+            "newly_exposed": fresh.num_rows,
+            "units": {arm: sizes[arm] for arm in experiment.arms},
+            "shares": experiment.arms,
+            "layer": experiment.layer,
+            "slice": [experiment.slice_from, experiment.slice_to],
+        }
+        out.metric(f"{experiment.name}.units", sum(sizes.values()))
+    with out.table("exposures") as writer:
+        for part in (log, *added):
+            writer.write(part)
+    rows = log.num_rows + sum(part.num_rows for part in added)
+    out.account(unit="exposure", rows_in=rows + gone.num_rows, rows_out=rows)
+    out.json("report", report)
+
+
+def _without(table: pa.Table, forgotten: frozenset[str]) -> tuple[pa.Table, pa.Table]:
+    """The rows of users who may be kept, and quarantine rows that name no one for the others."""
+    if not forgotten:
+        return table, schemas.QUARANTINE.empty_table()
+    gone = pc.is_in(table.column("unit_id"), value_set=pa.array(sorted(forgotten), pa.string()))
+    count = int(pc.sum(gone).as_py() or 0)
+    rows = [
+        {"row_id": f"exposure-{i}", "reason": "forgotten", "where": "previous exposures", "user": None, "raw": None}
+        for i in range(count)
+    ]
+    return table.filter(pc.invert(gone)), pa.Table.from_pylist(rows, schema=schemas.QUARANTINE)
+
+
+STAGE = Stage(
+    name="expose",
+    phase="release",
+    paper="Sec. 2.5.2",
+    inputs={
+        "activity": Input("ingest", "activity"),
+        "previous": Input("expose", "exposures", optional=True, previous=True),
+    },
+    outputs={"exposures": "exposure", "report": "json"},
+    config=ExposeConfig,
+    run=run,
+    resources=Resources(cpus=1, memory_gib=4),
+    schedule="daily",
+    uses_cycle=True,
+)

@@ -1,0 +1,131 @@
+"""From the matrix of sends to exact moments per group (eq. 9-13): additive over any split of the units.
+
+Per group (arm and segment values) the moments of
+    breadth    sum of active days, times scale / |D_i|         over units             eq. 9, 11
+    depth      S_i                                              over active units      eq. 12, 13
+    sends      S_i                                              over exposed units
+    active     A_i                                              over exposed units
+    *@d        the same up to and including day d (looks)
+    day_*@d    the same on day d alone (novelty)
+    x_*        the pre-period covariate and its products with the outcome (CUPED)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flywheel_tasks.release.population import Population
+from flywheel_tasks.release.scan import Cells
+from flywheel_tasks.release.window import Window
+from flywheel_tasks.stats.moments import BLOCK, Moments, dot, moments
+
+Group = tuple[str, ...]
+Totals = dict[Group, dict[str, Moments]]
+
+
+def reduce_cells(cells: Cells, population: Population, window: Window, threads: int = 1) -> Totals:
+    """The moments of every group."""
+    starts = range(0, population.slots, BLOCK)
+
+    def block(at: int) -> Totals:
+        return _block(cells, population, window, at)
+
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            return merge(pool.map(block, starts))
+    return merge(map(block, starts))
+
+
+def merge(parts: Iterable[Totals]) -> Totals:
+    """Moments of disjoint units, added by name."""
+    whole: Totals = {}
+    for part in parts:
+        for group, named in part.items():
+            mine = whole.setdefault(group, {})
+            for name, m in named.items():
+                mine[name] = mine.get(name, Moments()).plus(m)
+    return whole
+
+
+def _block(cells: Cells, population: Population, window: Window, at: int) -> Totals:
+    group = population.group[at : at + BLOCK]
+    matrix = cells.matrix[:, at : at + BLOCK]
+    exposed = population.exposed[at : at + BLOCK]
+    out: Totals = {}
+    if group[0] >= 0 and bool((group == group[0]).all()):
+        _add_group(out, population, int(group[0]), matrix, exposed, window)
+        return out
+    order = np.argsort(group, kind="stable")
+    ranked = group[order]
+    first = int(np.searchsorted(ranked, 0))
+    codes, starts = np.unique(ranked[first:], return_index=True)
+    ends = [*starts[1:], len(ranked) - first]
+    for code, start, end in zip(codes, starts, ends, strict=True):
+        units = order[first + start : first + end]
+        _add_group(out, population, int(code), np.take(matrix, units, axis=1), exposed[units], window)
+    return out
+
+
+def _add_group(
+    out: Totals, population: Population, code: int, matrix: NDArray[Any], exposed: NDArray[np.int32], window: Window
+) -> None:
+    name = population.groups[code]
+    if not population.split_returning:
+        out[name] = _group(matrix, exposed, window)
+        return
+    seen = matrix[: window.pre_days].any(axis=0)
+    for returning, chosen in (("returning", seen), ("new", ~seen)):
+        if chosen.any():
+            out[(*name, returning)] = _group(matrix[:, chosen], exposed[chosen], window)
+
+
+def _group(matrix: NDArray[Any], exposed: NDArray[np.int32], window: Window) -> dict[str, Moments]:
+    n = matrix.shape[1]
+    sends = np.zeros(n, np.int64)
+    days = np.zeros(n, np.int64)
+    weight = window.scale // window.observable(exposed) if window.estimand == "days_since_exposure" else None
+    out: dict[str, Moments] = {}
+    for d in window.kept:
+        today = matrix[window.pre_days + d]
+        active = today > 0
+        count = int(np.count_nonzero(active))
+        wide = today.astype(np.int64)
+        sends += wide
+        days += active
+        there = n if window.relative else int(np.count_nonzero(exposed <= window.first + d))
+        out[f"day_active@{d}"] = Moments(there, count, count)
+        out[f"day_depth@{d}"] = moments(wide)._replace(n=count)
+        at = "" if d == window.kept[-1] else f"@{d}"
+        out |= {name + at: m for name, m in _through(days, sends, weight).items()}
+    if window.pre_days:
+        out |= _covariates(matrix[: window.pre_days], sends, days if weight is None else days * weight)
+    return out
+
+
+def _through(days: NDArray[np.int64], sends: NDArray[np.int64], weight: NDArray[np.int64] | None) -> dict[str, Moments]:
+    total = moments(sends)
+    active = int(np.count_nonzero(days))
+    return {
+        "breadth": moments(days if weight is None else days * weight),
+        "sends": total,
+        "depth": total._replace(n=active),
+        "active": Moments(len(days), active, active),
+    }
+
+
+def _covariates(before: NDArray[Any], sends: NDArray[np.int64], breadth: NDArray[np.int64]) -> dict[str, Moments]:
+    """Pre-period sends for the sends of the window, pre-period active days for its breadth. A product's sum is in
+    `total`."""
+    x_sends = before.sum(axis=0, dtype=np.int64)
+    x_days = np.count_nonzero(before > 0, axis=0).astype(np.int64)
+    return {
+        "x_sends": moments(x_sends),
+        "x_breadth": moments(x_days),
+        "xy_sends": Moments(len(sends), dot(x_sends, sends), 0),
+        "xy_breadth": Moments(len(sends), dot(x_days, breadth), 0),
+    }

@@ -1,0 +1,176 @@
+"""The DAGs are the pipeline's declarations and nothing else; what a person may type into the form is checked."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import ab_readout
+import character_flywheel
+import pytest
+from airflow.sdk import DAG
+from airflow.sdk.exceptions import AirflowSkipException, ParamValidationError
+from hypothesis import given
+from hypothesis import strategies as st
+from launch import stage_arguments
+
+from flywheel_tasks.pipeline import STAGES
+
+DAGS = Path(character_flywheel.__file__).parent
+BOTH = (character_flywheel.dag, ab_readout.dag)
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def test_every_stage_is_a_task_of_exactly_one_dag():
+    assert sorted(task for dag in BOTH for task in dag.task_ids) == sorted(BY_NAME)
+    assert all(BY_NAME[name].schedule == "weekly" for name in character_flywheel.dag.task_ids)
+
+
+@pytest.mark.parametrize("dag", BOTH, ids=lambda dag: dag.dag_id)
+def test_edges_are_the_declared_inputs_of_the_same_cycle(dag: DAG):
+    for task in dag.tasks:
+        declared = {i.stage for i in BY_NAME[task.task_id].inputs.values() if not i.previous}
+        assert task.upstream_task_ids == declared & set(dag.task_ids)
+
+
+@pytest.mark.parametrize("dag", BOTH, ids=lambda dag: dag.dag_id)
+def test_groups_are_the_phases(dag: DAG):
+    assert {task.task_id: task.task_group.group_id for task in dag.tasks} == {
+        name: BY_NAME[name].phase for name in dag.task_ids
+    }
+
+
+@pytest.mark.parametrize("dag", BOTH, ids=lambda dag: dag.dag_id)
+def test_each_task_is_documented_from_its_declaration(dag: DAG):
+    for task in dag.tasks:
+        stage = BY_NAME[task.task_id]
+        assert task.doc_md.startswith(stage.doc)
+        assert stage.doc
+        assert stage.paper in task.doc_md
+        assert all(f"`{stage.name}.{field}`" in task.doc_md for field in stage.config.model_fields)
+
+
+def test_the_weekly_schedule():
+    dag = character_flywheel.dag
+    assert (dag.schedule, dag.catchup, dag.max_active_runs) == ("0 6 * * 1", False, 1)
+
+
+def test_only_airflow_retries_and_a_skipped_stage_does_not_stop_the_loop():
+    assert {(task.retries, task.trigger_rule) for dag in BOTH for task in dag.tasks} == {(2, "none_failed")}
+
+
+def form(**typed: object) -> dict[str, object]:
+    """The form filled in as typed; raises where Airflow would refuse it."""
+    params = character_flywheel.dag.params
+    merged = params.dump() | typed
+    for name, value in merged.items():
+        params.get_param(name).resolve(value=value)
+    return merged
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {},
+        {"cycle": "2026-W47"},
+        {"cycle": ""},
+        {"overrides": ["seed=7", "ingest.logs=/data/*.jsonl", "filter.on_pii=; rm -rf /"]},
+        {"skip": [STAGES[0].name]},
+        {"profile": "test"},
+    ],
+)
+def test_the_form_accepts(typed: dict[str, object]):
+    form(**typed)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"cycle": "2026-47"},
+        {"cycle": "2026-W54"},
+        {"cycle": "2026-W47; rm -rf /"},
+        {"cycle": "../../etc"},
+        {"profile": "huge"},
+        {"skip": ["no-such-stage"]},
+        {"overrides": ["--config=/etc/passwd"]},
+        {"overrides": ["seed"]},
+        {"overrides": "seed=7"},
+    ],
+)
+def test_the_form_refuses(typed: dict[str, object]):
+    with pytest.raises(ParamValidationError):
+        form(**typed)
+
+
+@given(st.text(), st.text())
+def test_a_setting_is_one_argument_whatever_it_holds(value: str, uri: str):
+    override = f"ingest.logs={value}"
+    arguments = stage_arguments(
+        "filter", "2026-W47", {"profile": "demo", "overrides": [override]}, {"ingest": uri, "expose": None}
+    )
+    head = ["run", "filter", "--cycle", "2026-W47", "--profile", "demo", "--set", override]
+    assert arguments == head + (["--input", f"ingest={uri}"] if uri else [])
+
+
+def run_of(logical: str | None, after: str) -> dict[str, object]:
+    def parse(text: str | None) -> datetime.datetime | None:
+        return datetime.datetime.fromisoformat(text) if text else None
+
+    return {"dag_run": SimpleNamespace(logical_date=parse(logical), run_after=parse(after))}
+
+
+@pytest.mark.parametrize(
+    ("dag", "logical", "after", "cycle"),
+    [
+        (BOTH[0], "2026-11-16T06:00+00:00", "2026-11-16T06:00+00:00", "2026-W47"),
+        (BOTH[0], None, "2026-11-22T23:59+00:00", "2026-W47"),
+        (BOTH[0], None, "2027-01-01T00:00+00:00", "2026-W53"),
+        (BOTH[1], "2026-11-16T07:00+00:00", "2026-11-16T07:00+00:00", "2026-W46"),
+        (BOTH[1], "2026-11-17T07:00+00:00", "2026-11-17T07:00+00:00", "2026-W47"),
+    ],
+)
+def test_an_empty_cycle_is_the_week_of_the_run(dag: DAG, logical: str | None, after: str, cycle: str):
+    if not dag.tasks:
+        pytest.skip("no stage runs daily yet")
+    assert dag.tasks[0].derived_cycle(run_of(logical, after)) == cycle
+
+
+def test_a_skipped_stage_is_skipped_before_anything_is_looked_up():
+    task = character_flywheel.dag.tasks[0]
+    with pytest.raises(AirflowSkipException, match="later stages use"):
+        type(task).execute.__wrapped__(task, {"params": {"skip": [task.task_id]}, "ti": None})
+
+
+PARSE = """
+import sys, time
+import airflow.sdk.exceptions
+from airflow.sdk import DAG, BaseOperator, Param, TaskGroup
+sys.path.append(sys.argv[1])
+began = time.process_time()
+import character_flywheel, ab_readout
+print(time.process_time() - began, *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+HEAVY = {
+    "torch",
+    "ray",
+    "vllm",
+    "mlflow",
+    "transformers",
+    "sklearn",
+    "scipy",
+    "faiss",
+    "presidio_analyzer",
+    "matplotlib",
+}
+
+
+def test_parsing_loads_nothing_heavy_and_takes_under_a_second():
+    runs = [
+        subprocess.run([sys.executable, "-c", PARSE, DAGS], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    ]
+    assert not HEAVY & set(runs[0])
+    assert min(float(run[0]) for run in runs) < 1.0

@@ -1,0 +1,114 @@
+"""`flywheel readout` as a stranger uses it: exit codes, one-line errors, JSON, plan, plot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from flywheel_tasks.release.commands import register
+from flywheel_tasks.release.plot import forest
+from flywheel_tasks.release.readout_cli import read_out_files
+from flywheel_tasks.release.readout_config import ReadoutConfig
+from tests.release.worlds import START, day, world, write
+
+APP = typer.Typer()
+register(APP)
+
+
+@APP.callback()
+def _main() -> None:
+    """A second command makes `readout` a name, as in the real command line."""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    return write(tmp_path, *world(1, staggered=False, pre=3))
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(APP, ["readout", *map(str, arguments)])
+
+
+def test_json_and_plot(files: tuple[str, str], tmp_path: Path) -> None:
+    found = invoke(
+        "--exposures", files[0], "--activity", files[1], "--json", "--start", START, "--plot", tmp_path / "f.png"
+    )
+    assert found.exit_code == 0, found.output
+    plain = json.loads(found.stdout)
+    assert set(plain["comparisons"]["test"]) == {"breadth", "depth", "sends_per_exposed", "active_share"}
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_fit_a_terminal(files: tuple[str, str]) -> None:
+    found = invoke("--exposures", files[0], "--activity", files[1], "--start", START)
+    assert found.exit_code == 0
+    for word in ("breadth", "depth", "sends_per_exposed", "active_share", "decision for", "estimand: calendar_window"):
+        assert word in found.stdout
+    assert all(len(line) <= 80 for line in found.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--exposures", "nothing.parquet"], "no exposures file matches"),
+        (["--start", "soon"], "--start"),
+        (["--time-zone", "Mars/Base"], "no time zone"),
+        (["--estimand", "guess"], "--estimand"),
+        (["--control", "base"], "no unit in control arm 'base'"),
+        (["--segment", "returning"], "pre_days"),
+        (["--segment", "colour"], "no column colour"),
+        (["--missing-day", "2027-01-01"], "missing_days"),
+    ],
+)
+def test_bad_input_is_exit_2_and_one_line(files: tuple[str, str], arguments: list[str], said: str) -> None:
+    found = invoke("--exposures", files[0], "--activity", files[1], *arguments)
+    assert found.exit_code == 2, found.output
+    assert said in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_running_is_exit_3_and_refused_is_exit_2(files: tuple[str, str], tmp_path: Path) -> None:
+    running = invoke("--exposures", files[0], "--activity", files[1], "--json", "--start", START, "--as-of", day(5))
+    assert running.exit_code == 3
+    assert json.loads(running.stdout)["status"] == "running"
+    exposures, activity = world(1, staggered=False)
+    refused = invoke(
+        "--start",
+        START,
+        *_named(write(tmp_path / "b", exposures[:200] + [e for e in exposures[200:] if e[1] == "test"], activity)),
+    )
+    assert refused.exit_code == 2
+    assert "sample ratio" in refused.stderr
+
+
+def _named(found: tuple[str, str]) -> list[str]:
+    return ["--exposures", found[0], "--activity", found[1]]
+
+
+def test_plan_before_launch(files: tuple[str, str]) -> None:
+    found = invoke("--plan", "--activity", files[1], "--json", "--share", 0.2, "--start", START, "--tests", 1)
+    assert found.exit_code == 0, found.output
+    plain = json.loads(found.stdout)
+    assert plain["units_seen"] == 450
+    breadth = plain["metrics"][0]
+    assert breadth["units_per_arm"] == 90
+    n = (1.959964 + 0.841621) ** 2 * 2 * (breadth["sd"] / breadth["mean"] / 0.05) ** 2
+    assert breadth["units_for_lift_pct"]["5"] == pytest.approx(n, rel=0.02)
+    assert invoke("--plan", "--activity", files[1]).exit_code == 0
+    assert invoke("--activity", files[1]).exit_code == 2
+
+
+def test_every_kind_of_set_can_be_drawn(files: tuple[str, str], tmp_path: Path) -> None:
+    """The plot must not depend on luck: two rays, a whole line, an empty set, and a hostile experiment name."""
+    from dataclasses import replace
+
+    from flywheel_tasks.stats.fieller import fieller
+
+    result = read_out_files(*files, ReadoutConfig(start=START))
+    sets = [fieller(5, 0.25, 0.5, 0.25), fieller(0.5, 1, 0.5, 1), fieller(1, 0.01, 0, 0), fieller(1.1, 0, 1, 0)]
+    drawn = [replace(c, lift=s) for c, s in zip(result.comparisons, sets, strict=True)]
+    forest(replace(result, comparisons=drawn, experiment="$\\frac{1}{$ <b>"), tmp_path / "odd.png")
+    assert (tmp_path / "odd.png").stat().st_size > 10_000

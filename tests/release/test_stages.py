@@ -1,0 +1,150 @@
+"""expose and readout as stages of a cycle: the log grows, the readout closes when its window is complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from flywheel_tasks.core import ids
+from flywheel_tasks.core.config import FlywheelConfig, StageConfig
+from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.runner import run_stage
+from flywheel_tasks.core.stage import Inputs, Stage
+from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.release import expose, readout
+from tests.release.worlds import activity_table, day, world, write
+
+
+class DaysConfig(StageConfig):
+    days: int = 7
+    units: int = 3000
+
+
+def traffic(inputs: Inputs, config: DaysConfig, out: Output) -> None:
+    """Activity of the first days; every unit chats every other day."""
+    rows = [
+        (f"{u:08x}", day(d), 1 + (u + d) % 4) for u in range(config.units) for d in range(config.days) if (u + d) % 2
+    ]
+    with out.table("activity") as writer:
+        writer.write(activity_table(rows))
+    out.account("row", rows_in=len(rows), rows_out=len(rows))
+
+
+INGEST = Stage(
+    name="ingest", phase="curation", paper="Sec. 2.2", outputs={"activity": "activity"}, config=DaysConfig, run=traffic
+)
+HALF = {"name": "x", "arms": {"test": 0.5, "control": 0.5}}
+
+
+class Cycle:
+    """One store, one configuration; what a daily DAG would run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.uri = folder, f"file://{folder}/store"
+
+    def run(self, stage: Stage, cycle: str = "2026-W45", **sections: dict[str, Any]) -> Artifact:
+        classes = {"ingest": DaysConfig, "expose": expose.ExposeConfig, "readout": readout.ReadoutConfig}
+        stages = {name: kind.model_validate(sections.get(name, {})) for name, kind in classes.items()}
+        config = FlywheelConfig.model_validate(
+            {"store": {"uri": self.uri}, "tracking": {"uri": f"sqlite:///{self.folder}/mlflow.db"}}
+        ).model_copy(update={"stages": stages})
+        return run_stage(stage, cycle, config, Store(self.uri)).artifact
+
+
+@pytest.fixture
+def cycle(tmp_path: Path) -> Cycle:
+    return Cycle(tmp_path)
+
+
+def exposures(artifact: Artifact) -> list[dict[str, Any]]:
+    return list(artifact.table("exposures").read().to_pylist())
+
+
+def test_one_cycle_from_activity_to_decision(cycle: Cycle) -> None:
+    sections = {"expose": {"experiments": [HALF]}}
+    cycle.run(INGEST)
+    log = exposures(cycle.run(expose.STAGE, **sections))
+    arms = [row["arm"] for row in log]
+    assert len(log) == 3000
+    assert stats.binomtest(arms.count("test"), 3000, 0.5).pvalue > 1e-4
+    assert {row["exposed_at"].date() for row in log} == {day(0), day(1)}
+    made = cycle.run(readout.STAGE, readout={"days": 7}, **sections)
+    found = made.json("readout")
+    assert found["status"] == "closed"
+    assert found["comparisons"]["test"]["breadth"]["kind"] == "bounded"
+    assert found["decisions"][0]["verdict"] in ("hold", "ship", "roll back")
+    assert made.file("report", "forest.png").startswith(b"\x89PNG")
+    assert b"rule: the first exposure of a unit counts" in made.file("report", "readout.txt")
+    assert {"test.breadth.lift_pct", "test.depth.lift_pct_lower", "closed"} <= set(made.manifest.metrics)
+
+
+def test_default_arms_are_ten_percent_and_named_by_the_cycle(cycle: Cycle) -> None:
+    cycle.run(INGEST)
+    log = exposures(cycle.run(expose.STAGE))
+    assert {row["experiment"] for row in log} == {"release-2026-W45"}
+    counts = [sum(row["arm"] == arm for row in log) for arm in ("test", "control")]
+    assert stats.chisquare([*counts, 3000 - sum(counts)], [300, 300, 2400]).pvalue > 1e-4
+
+
+def test_the_log_is_cumulative_and_keeps_the_first_exposure(cycle: Cycle) -> None:
+    sections = {"expose": {"experiments": [HALF]}}
+    cycle.run(INGEST, ingest={"days": 1})
+    first = exposures(cycle.run(expose.STAGE, **sections))
+    cycle.run(INGEST, "2026-W46", ingest={"days": 3, "units": 3100})
+    larger = {"expose": {"experiments": [HALF | {"arms": {"test": 0.4, "control": 0.5}}]}}
+    made = cycle.run(expose.STAGE, "2026-W46", **larger)
+    second = exposures(made)
+    assert second[: len(first)] == first
+    assert len({row["unit_id"] for row in second}) == len(second)
+    report = made.json("report")["x"]
+    assert report["already_exposed"] == len(first)
+    assert report["newly_exposed"] == len(second) - len(first) > 0
+    renamed = HALF | {"arms": {"candidate": 0.5, "control": 0.5}}
+    cycle.run(INGEST, "2026-W47")
+    with pytest.raises(InputError, match="no longer names"):
+        cycle.run(expose.STAGE, "2026-W47", expose={"experiments": [renamed]})
+
+
+def test_eligibility(cycle: Cycle) -> None:
+    cycle.run(INGEST, ingest={"days": 4})
+    log = exposures(cycle.run(expose.STAGE, expose={"experiments": [HALF], "min_sends": 4, "start": str(day(3))}))
+    assert len(log) == 750
+    assert {row["exposed_at"].date() for row in log} == {day(3)}
+
+
+def test_an_open_window_waits_and_the_next_day_closes_it(cycle: Cycle) -> None:
+    sections = {"expose": {"experiments": [HALF]}, "readout": {"start": str(day(0))}}
+    cycle.run(INGEST, ingest={"days": 6})
+    cycle.run(expose.STAGE, **sections)
+    assert cycle.run(readout.STAGE, **sections).json("readout")["status"] == "running"
+    cycle.run(INGEST, ingest={"days": 7})
+    cycle.run(expose.STAGE, **sections)
+    assert cycle.run(readout.STAGE, **sections).json("readout")["status"] == "closed"
+
+
+def test_files_of_another_platform_are_read_beside_the_store(cycle: Cycle, tmp_path: Path) -> None:
+    """A team that assigns units elsewhere names its own exposures and activity."""
+    cycle.run(INGEST, ingest={"days": 0, "units": 2})
+    cycle.run(expose.STAGE)
+    found_exposures, found_activity = write(tmp_path / "platform", *world(1, text=True), 2)
+    outside = {"exposures": [found_exposures], "activity": [found_activity], "start": str(day(0))}
+    found = cycle.run(readout.STAGE, readout=outside).json("readout")
+    assert (found["status"], found["rows"]["units"]) == ("closed", 400)
+
+
+def test_a_readout_without_anything_to_read_says_so(cycle: Cycle) -> None:
+    cycle.run(INGEST, ingest={"days": 0})
+    cycle.run(expose.STAGE)
+    with pytest.raises(InputError, match="nothing to read"):
+        cycle.run(readout.STAGE)
+
+
+def test_the_stages_declare_sound_names() -> None:
+    for stage in (expose.STAGE, readout.STAGE):
+        assert ids.name(stage.name, "stage") == stage.name
+        assert stage.doc
+        assert stage.phase == "release"
