@@ -37,7 +37,7 @@ SIGNALS = pa.struct(
 )
 """Table 2's user signals on one assistant turn; `continued` is null where the log ends too early to know."""
 
-LOGGED_TURN = pa.struct(_fields("role content at image? signals?", {"at": TIMESTAMP, "signals": SIGNALS}))
+LOGGED_TURN = pa.struct(_fields("role content at image? language? signals?", {"at": TIMESTAMP, "signals": SIGNALS}))
 TURN = pa.struct(_fields("role content"))
 
 EVENT = pa.schema(

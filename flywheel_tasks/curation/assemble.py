@@ -186,7 +186,8 @@ def _turns(messages: pa.Table, starts: Ints, signals: dict[str, Any], rules: Rul
         mask=pa.array(by_user),
     )
     columns = [messages[name].combine_chunks() for name in ("role", "content", "at", "image")]
-    return pa.StructArray.from_arrays([*columns, struct], fields=list(schemas.LOGGED_TURN))
+    unheard = pa.nulls(len(messages), pa.string())  # the filter tells the language, after it has cleaned the text
+    return pa.StructArray.from_arrays([*columns, unheard, struct], fields=list(schemas.LOGGED_TURN))
 
 
 def _continued(at: Ints, by_user: Bools, starts: Ints, rules: Rules) -> pa.Array:

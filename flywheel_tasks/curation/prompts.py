@@ -54,11 +54,15 @@ def cut(conversations: pa.Table, marks: TurnMarks, champion: str | None, config:
     conversations = conversations.combine_chunks()
     turns = _one_array(conversations["turns"])
     offsets = turns.offsets.to_numpy().astype(np.int64) - (turns.offsets[0].as_py() if len(turns.offsets) else 0)
+    owner = np.repeat(np.arange(len(turns)), np.diff(offsets))
     flat = turns.flatten()
+    stays = np.flatnonzero(~_discarded(flat, owner))
+    place = stays - offsets[owner[stays]]
+    flat, owner, marks = flat.take(pa.array(stays)), owner[stays], TurnMarks(marks.language[stays], marks.mixed[stays])
+    offsets = np.searchsorted(owner, np.arange(len(turns) + 1))
     role, content = flat.field("role"), flat.field("content")
     is_user = pc.equal(role, "user").to_numpy(zero_copy_only=False).astype(bool)
     says = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(content)), 0).to_numpy(zero_copy_only=False).astype(bool)
-    owner = np.repeat(np.arange(len(turns)), np.diff(offsets))
     end = np.flatnonzero(is_user & says)
     parent = owner[end]
     first = np.maximum(offsets[parent], end - config.context_turns + 1)
@@ -71,7 +75,7 @@ def cut(conversations: pa.Table, marks: TurnMarks, champion: str | None, config:
     said_before = np.concatenate(([0], np.cumsum(is_user)))
     earlier = said_before[end] - said_before[offsets[parent]]
     rows = conversations.take(pa.array(parent))
-    position = (end - offsets[parent]).astype(np.int32)
+    position = place[end].astype(np.int32)
     version = rows["model_version"]
     near = pc.and_(pc.equal(version, champion or ""), pc.equal(rows["source"], "production")) if champion else None
     language = np.where(
@@ -99,6 +103,14 @@ def cut(conversations: pa.Table, marks: TurnMarks, champion: str | None, config:
         for name in ("conversation_id", "user", "character_id", "source", "locale", "model_version", "split")
     }
     return pa.table({name: (columns | copied)[name] for name in schemas.PROMPT.names})
+
+
+def _discarded(flat: pa.StructArray, owner: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Responses that the user had generated again, where the new one follows: nobody's context holds the old one."""
+    again = pc.fill_null(flat.field("signals").field("regenerated"), False).to_numpy(zero_copy_only=False).astype(bool)
+    by_assistant = pc.equal(flat.field("role"), "assistant").to_numpy(zero_copy_only=False).astype(bool)
+    replaced = np.append(by_assistant[1:] & (owner[1:] == owner[:-1]), False)[: len(owner)]
+    return again & by_assistant & replaced
 
 
 def _depth(earlier: npt.NDArray[np.int64], config: PromptConfig) -> pa.Array:

@@ -63,13 +63,15 @@ def clean(table: pa.Table, part: str, first_row: int, rules: Rules) -> Cleaned:
 
     kept = np.flatnonzero(reason == None)  # noqa: E711 - elementwise
     inside = _has(kept, table.num_rows)[owner]
-    asked = np.flatnonzero(inside & is_user)
-    found = language.detect(content.folded.take(pa.array(asked)), rules.language)
+    told = np.flatnonzero(inside)
+    every = language.detect(content.folded.take(pa.array(told)), rules.language)
+    found = language.Detected(*(values[is_user[told]] for values in every))
+    asked = told[is_user[told]]
     spoken = language.of_conversations(found, np.searchsorted(kept, owner[asked]), len(kept))
-    marks = TurnMarks(np.full(len(owner), language.UNDETERMINED, object), np.zeros(len(owner), bool))
-    marks.language[asked], marks.mixed[asked] = found.language, found.mixed
-    marks = TurnMarks(marks.language[inside], marks.mixed[inside])
-    cleaned = _with_turns(table, _clean_turns(turns, content, feedback, image)).take(pa.array(kept, pa.int64()))
+    marks = TurnMarks(every.language, every.mixed)
+    tags = np.full(len(owner), None, object)
+    tags[told] = every.language
+    cleaned = _with_turns(table, _clean_turns(turns, content, feedback, image, tags)).take(pa.array(kept, pa.int64()))
     cleaned = cleaned.set_column(cleaned.schema.get_field_index("language"), "language", pa.array(spoken, pa.string()))
     rows = prompts.cut(cleaned, marks, rules.champion, rules.prompts)
     counts = _count_rows(table, reason) + _count_entities((content, feedback, image), _has(kept, table.num_rows)[owner])
@@ -95,7 +97,9 @@ def _with_turns(table: pa.Table, turns: pa.StructArray) -> pa.Table:
     return table.set_column(table.schema.get_field_index("turns"), "turns", lists)
 
 
-def _clean_turns(turns: pa.StructArray, content: Scrubbed, feedback: Scrubbed, image: Scrubbed) -> pa.StructArray:
+def _clean_turns(
+    turns: pa.StructArray, content: Scrubbed, feedback: Scrubbed, image: Scrubbed, tags: npt.NDArray[np.object_]
+) -> pa.StructArray:
     signals = turns.field("signals")
     parts = [feedback.texts if f.name == "feedback" else signals.field(f.name) for f in schemas.SIGNALS]
     signals = pa.StructArray.from_arrays(parts, fields=list(schemas.SIGNALS), mask=signals.is_null())
@@ -104,7 +108,7 @@ def _clean_turns(turns: pa.StructArray, content: Scrubbed, feedback: Scrubbed, i
     hidden = np.zeros(len(turns), bool)
     hidden[telling] = True
     images = pc.if_else(pa.array(hidden), None, turns.field("image"))
-    changed = {"content": content.texts, "image": images, "signals": signals}
+    changed = {"content": content.texts, "image": images, "signals": signals, "language": pa.array(tags, pa.string())}
     parts = [changed.get(f.name, turns.field(f.name)) for f in schemas.LOGGED_TURN]
     return pa.StructArray.from_arrays(parts, fields=list(schemas.LOGGED_TURN))
 

@@ -14,6 +14,7 @@ RUNNING, REFUSED = 3, 2
 def register(app: typer.Typer) -> None:
     """Add `readout` to the command line."""
     app.command("readout")(readout)
+    app.command("layout")(layout)
 
 
 def readout(
@@ -98,6 +99,47 @@ def readout(
             f"{result.status}: {'; '.join(result.problems)}", markup=False, highlight=False, soft_wrap=True
         )
         raise typer.Exit(RUNNING if result.status == "running" else REFUSED)
+
+
+def layout(
+    exposures: Annotated[list[str], typer.Option(help="Exposure Parquet: a file or a glob; may repeat.")],
+    activity: Annotated[list[str], typer.Option(help="Activity Parquet: a file or a glob; may repeat.")],
+    out: Annotated[Path, typer.Option(help="Folder to write units.parquet and activity-DAY.parquet to.")],
+    experiment: Annotated[str | None, typer.Option(help="Which experiment, where the log holds several.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="First day of the window, YYYY-MM-DD (default: from the data).")
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, max=28, help="Days in the window.")] = 7,
+    as_of: Annotated[
+        str | None, typer.Option(help="Data is complete before this day (default: the last day + 1).")
+    ] = None,
+    time_zone: Annotated[str, typer.Option(help="Zone whose days the exposures follow.")] = "UTC",
+    naive_zone: Annotated[
+        str | None, typer.Option(help="Zone of exposure times without one (default: refuse them).")
+    ] = None,
+) -> None:
+    """Number the units of an experiment once and sort its activity by day, for readouts that are many times faster.
+
+    Run it when the day's activity arrives, then point `readout` (command or stage) at FOLDER/units.parquet and
+    FOLDER/activity-*.parquet: the lifts, sets and decision are the same to the bit.
+    """
+    from flywheel_tasks.release.layout import write_layout
+    from flywheel_tasks.release.parts import find
+
+    config = _config(
+        {
+            "experiment": experiment,
+            "start": start,
+            "days": days,
+            "as_of": as_of,
+            "time_zone": time_zone,
+            "naive_zone": naive_zone,
+        }
+    )
+    counts = write_layout(find(exposures, "exposures"), find(activity, "activity"), config, out)
+    for rule, rows in sorted(counts.items()):
+        typer.echo(f"{rows:,} {rule}", err=True)
+    typer.echo(str(out))
 
 
 def _config(choices: dict[str, Any]) -> Any:

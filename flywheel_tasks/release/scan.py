@@ -61,10 +61,11 @@ class Cells:
             else:
                 row[slot] += values
             return
-        flat = column.astype(np.int64)
+        some = np.flatnonzero(values)
+        flat = column[some].astype(np.int64)
         flat *= self.matrix.shape[1]
-        flat += slot
-        np.add.at(self.matrix.reshape(-1), flat, values)
+        flat += slot[some]
+        np.add.at(self.matrix.reshape(-1), flat, values[some])
 
 
 @dataclass(frozen=True)

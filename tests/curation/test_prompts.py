@@ -115,3 +115,15 @@ def test_a_turn_too_short_for_a_language_takes_the_conversations() -> None:
 def test_depth_bounds_must_rise() -> None:
     with pytest.raises(ValidationError, match="must rise"):
         PromptConfig(medium_from=30)
+
+
+def test_a_response_that_was_generated_again_is_in_nobodys_context() -> None:
+    row = conversation(
+        0, [("user", "hi"), ("assistant", "dull"), ("assistant", "bright"), ("user", "more"), ("assistant", "last")]
+    )
+    silent = {"continued": None, "love": False, "thumb_up": False, "thumb_down": False, "feedback": None}
+    for at in (1, 4):
+        row["turns"][at]["signals"] = silent | {"regenerated": True}
+    made = prompts([row]).to_pylist()
+    assert [[turn["content"] for turn in prompt["turns"]] for prompt in made] == [["hi"], ["hi", "bright", "more"]]
+    assert [prompt["turn_index"] for prompt in made] == [0, 3]

@@ -112,3 +112,14 @@ def test_every_kind_of_set_can_be_drawn(files: tuple[str, str], tmp_path: Path) 
     drawn = [replace(c, lift=s) for c, s in zip(result.comparisons, sets, strict=True)]
     forest(replace(result, comparisons=drawn, experiment="$\\frac{1}{$ <b>"), tmp_path / "odd.png")
     assert (tmp_path / "odd.png").stat().st_size > 10_000
+
+
+def test_a_layout_gives_the_same_readout_as_the_raw_files(files: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "layout"
+    source = ["--exposures", files[0], "--activity", files[1], "--start", str(START)]
+    written = CliRunner().invoke(APP, ["layout", *source, "--out", str(out)])
+    assert written.exit_code == 0, written.output
+    fast = ["--exposures", out / "units.parquet", "--activity", out / "activity-*.parquet", "--start", START]
+    raw, laid = (json.loads(invoke(*options, "--json").stdout) for options in (source, fast))
+    assert laid["comparisons"] == raw["comparisons"]
+    assert laid["decisions"] == raw["decisions"]
