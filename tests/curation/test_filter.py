@@ -330,3 +330,14 @@ def test_cutting_the_traffic_into_batches_changes_nothing(talks: list[list[str]]
     for name in ("conversations", "prompts", "rejected"):
         joined = [row for part in parts for row in getattr(part, name).to_pylist()]
         assert joined == getattr(whole, name).to_pylist()
+
+
+def test_every_turn_and_conversation_has_its_language(tmp_path: Path) -> None:
+    english = talk(0, "what did you cook for dinner yesterday?", "I made a soup with carrots and a little garlic.")
+    answered_in_english = talk(
+        1, "kal raat khane mein kya banaya tha tumne", "I made a soup with carrots, it was lovely."
+    )
+    kept = run(tmp_path, [english, answered_in_english]).table("conversations").read().to_pylist()
+    told = {row["conversation_id"]: [turn["language"] for turn in row["turns"]] for row in kept}
+    assert told == {"c0": ["en", "en"], "c1": ["hi-Latn", "en"]}
+    assert {row["conversation_id"]: row["language"] for row in kept} == {"c0": "en", "c1": "hi-Latn"}
