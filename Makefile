@@ -26,6 +26,7 @@ setup: $(READY) ## install the locked environment into .venv (ACCEL=cuda on a GP
 $(READY): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+	@rm -f $(VENV)/.ready-*
 	$(INSTALL) -e '.[$(ACCEL),airflow,demo,test]'
 	@touch $@
 

@@ -22,7 +22,7 @@ from flywheel_tasks.core.stage import PHASES, Stage
 
 CYCLE = r"^(\d{4}-W(0[1-9]|[1-4]\d|5[0-3]))?$"
 OVERRIDE = r"^[A-Za-z][\w-]*(\.[\w-]+)*="
-MANIFEST_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\x00-\x1f]+")
+MANIFEST_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\x00-\x1f]+")
 
 
 class StageOperator(BaseOperator):

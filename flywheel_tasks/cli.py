@@ -32,7 +32,7 @@ app = typer.Typer(
 Cycle = Annotated[str, typer.Option("--cycle", help="ISO week, such as 2026-W47.")]
 Profile = Annotated[
     str | None,
-    typer.Option("--profile", envvar="FLYWHEEL_PROFILE", help=f"One of {', '.join(PROFILES)} (default: demo)."),
+    typer.Option("--profile", help=f"One of {', '.join(PROFILES)} (default: $FLYWHEEL_PROFILE, else demo)."),
 ]
 ConfigFile = Annotated[
     str | None,
@@ -209,7 +209,8 @@ def forget(
         _print_table(("purged from", "rows"), list(report["purged"].items()))
         _print_table(("must retrain",), [(name,) for name in report["retrain_needed"]])
         _print_table(("unfinished attempt",), [(name,) for name in report["unfinished_attempts"]])
-        verdict = "no row of this user is left" if not report["remaining"] else f"rows are left: {report['remaining']}"
+        verdict = "no row of this user is left" if report["known"] else "no artifact ever held a row of this user"
+        verdict = f"rows are left: {report['remaining']}" if report["remaining"] else verdict
         print(f"user {report['user']}: {verdict}; new logs that hold them will be refused row by row")
     if not report["clean"]:
         raise FlywheelError("not clean yet: wait for the unfinished attempts to end, then run the same command again")
@@ -234,7 +235,7 @@ def main() -> None:
 
 
 def _settings(profile: str | None, config: str | None, overrides: list[str] | None) -> FlywheelConfig:
-    return pipeline.load_config(None if config else profile, config, overrides or [])
+    return pipeline.load_config(profile, config, overrides or [])
 
 
 def _run_stage(stage: Stage, cycle: str, config: FlywheelConfig, given: dict[str, str]) -> tuple[Artifact, str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from flywheel_tasks.compute import session
+from flywheel_tasks.core.errors import FlywheelError
 
 B = TypeVar("B")
 R = TypeVar("R")
@@ -42,13 +43,28 @@ def _through_ray(fn: Callable[[B], R], blocks: list[B], cpus: float, gpus: float
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     def one(row: dict[str, int]) -> dict[str, object]:
-        return {"result": fn(blocks[row["item"]])}
+        try:
+            return {"result": fn(blocks[row["item"]])}
+        except FlywheelError as error:  # travels as a value, or Ray would wrap it in pages of its own
+            return {"result": None, "failure": error}
 
     class Worker:
         def __call__(self, row: dict[str, int]) -> dict[str, object]:
             return one(row)
 
     dataset = ray.data.from_items(list(range(len(blocks))), override_num_blocks=len(blocks))
-    workers: Any = {"fn": Worker, "compute": ray.data.ActorPoolStrategy(size=actors)} if actors else {"fn": one}
-    for row in dataset.map(**workers, num_cpus=cpus, num_gpus=gpus).iter_rows():
-        yield row["result"]
+    # Airflow alone retries, with a fresh attempt: a task that Ray ran again would trip over its own files.
+    workers: Any = {"fn": one, "max_retries": 0}
+    if actors:
+        pool = ray.data.ActorPoolStrategy(size=actors)
+        workers = {"fn": Worker, "compute": pool, "max_restarts": 0, "max_task_retries": 0}
+    try:
+        for row in dataset.map(**workers, num_cpus=cpus, num_gpus=gpus).iter_rows():
+            if row.get("failure") is not None:
+                raise row["failure"]
+            yield row["result"]
+    except ray.exceptions.RayError as error:
+        last = str(error).strip().splitlines()[0][:300]
+        raise FlywheelError(
+            f"a worker failed ({last}): see its log; if it ran out of memory, use smaller blocks"
+        ) from error

@@ -32,6 +32,16 @@ Operational: dict[str, Any] = {"identity": False}
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        """YAML reads 'yes' as true, and true would pass for 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and {int, float} & set(_leaf_types(field.annotation)):
+                raise ValueError(f"'{name}' is a number, not {str(value).lower()}")
+        return values
+
 
 class StageConfig(_Section):
     """Base of every stage's configuration."""
@@ -102,6 +112,7 @@ class FlywheelConfig(_Section):
     def flat(self) -> dict[str, str]:
         """Every key and value, for tracking."""
         body = self.model_dump(mode="json", exclude={"stages"})
+        body["tracking"]["uri"] = without_password(self.tracking.uri)
         body |= {name: stage.model_dump(mode="json") for name, stage in self.stages.items()}
         return dict(_flatten("", body))
 
@@ -119,11 +130,17 @@ def load(
     if profile and file:
         raise ConfigError("give a profile or a config file, not both: a file may start from one with 'profile: NAME'")
     raw = _read_file(file) if file else {}
-    name = str(raw.pop("profile", None) or profile or "demo")
+    name = str(raw.pop("profile", None) or profile or os.environ.get("FLYWHEEL_PROFILE") or "demo")
     merged = _merge(_read_profile(name), raw)
     for override in overrides:
         merged = _merge(merged, _parse_override(override, stage_configs))
     return _build(name, merged, stage_configs)
+
+
+def without_password(uri: str) -> str:
+    """A URI that may be shown and stored."""
+    scheme, separator, rest = uri.partition("://")
+    return scheme + separator + rest.rsplit("@", 1)[-1]
 
 
 def home() -> Path:
@@ -191,7 +208,7 @@ def _parse_override(override: str, stage_configs: Mapping[str, type[StageConfig]
         raise ConfigError(f"--set '{override}' is not KEY=VALUE: write for example --set filter.on_pii=mask")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {key}: '{text}' is not a YAML value: {str(error).splitlines()[0]}") from error
     parts = key.strip().split(".")
     if parts[0] not in stage_configs and parts[0] not in FlywheelConfig.model_fields:
@@ -211,7 +228,7 @@ def _read_profile(name: str) -> dict[str, Any]:
 def _read_file(file: str) -> dict[str, Any]:
     try:
         body = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {file} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(body, dict):
         raise ConfigError(f"config file {file} must be a mapping of keys to values")

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,20 +21,31 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from flywheel_tasks.core import ids, lineage, schemas, tables
-from flywheel_tasks.core.manifest import FileRecord, Forgotten, Manifest, OutputRecord
+from flywheel_tasks.core.errors import ConfigError, FlywheelError, InputError
+from flywheel_tasks.core.manifest import FileRecord, Forgotten, Manifest, OutputRecord, artifact_folder
 from flywheel_tasks.core.store import Artifact, Store
 
 _ABANDONED_AFTER = datetime.timedelta(hours=24)
+_STALE_AFTER = datetime.timedelta(hours=1)
+_LOCK = "forget.lock"
 
 
 def forget(store: Store, user_id: str, secret: bytes) -> dict[str, Any]:
     """Purge `user_id`; the report says what was purged, what must retrain, and what a full re-read still found."""
+    if not user_id.strip():
+        raise InputError("the user id is empty: give the id as it stands in the raw logs")
     user, now = ids.pseudonym(user_id, secret), datetime.datetime.now(datetime.UTC)
+    _check_key(store, secret)
+    with _alone(store, now):
+        return _forget(store, user, now)
+
+
+def _forget(store: Store, user: str, now: datetime.datetime) -> dict[str, Any]:
     store.storage.put(f"forgotten/{user}.json", json.dumps({"at": now.isoformat()}).encode())
     purged: dict[str, int] = {}
     holders: list[lineage.Address] = []
     for artifact in store.artifacts():
-        rows = _purge(store, artifact, user, user_id, now)
+        rows = _purge(store, artifact, user, now)
         if rows or any(entry.user == user for entry in artifact.manifest.forgotten):
             holders.append(lineage.address(artifact.manifest))
         if rows:
@@ -38,9 +53,10 @@ def forget(store: Store, user_id: str, secret: bytes) -> dict[str, Any]:
     retrain = _mark_models(store, holders, user, now)
     strays = _remove_strays(store)
     removed, unfinished = _abandoned(store, now)
-    left = {a.uri: rows for a in store.artifacts() if (rows := _remaining(a, user, user_id))}
+    left = {a.uri: rows for a in store.artifacts() if (rows := _remaining(a, user))}
     return {
         "user": user,
+        "known": bool(holders),
         "purged": purged,
         "retrain_needed": retrain,
         "stray_files_removed": strays,
@@ -51,7 +67,42 @@ def forget(store: Store, user_id: str, secret: bytes) -> dict[str, Any]:
     }
 
 
-def _purge(store: Store, artifact: Artifact, user: str, user_id: str, now: datetime.datetime) -> int:
+def _check_key(store: Store, secret: bytes) -> None:
+    """Under another key nobody would be found, and that would read as a proof."""
+    for artifact in store.artifacts():
+        other = artifact.manifest.environment.get("user_key")
+        if other not in (None, ids.fingerprint(secret)):
+            raise ConfigError(
+                f"{artifact.manifest.folder} was pseudonymised under another {ids.USER_KEY_VARIABLE}: set the key that "
+                "made this store, or nobody in it can be found"
+            )
+
+
+@contextmanager
+def _alone(store: Store, now: datetime.datetime) -> Iterator[None]:
+    """One purge at a time: each rewrites manifests that it has read before."""
+    mine = {"host": platform.node(), "pid": os.getpid(), "at": now.isoformat()}
+    if not store.storage.put_new(_LOCK, json.dumps(mine).encode()):
+        held = json.loads(store.storage.read(_LOCK) or b"{}")
+        if _is_held(held, now):
+            raise FlywheelError(f"another forget runs on {held['host']} since {held['at']}: wait for it to end")
+        store.storage.put(_LOCK, json.dumps(mine).encode())
+    try:
+        yield
+    finally:
+        store.storage.delete(_LOCK)
+
+
+def _is_held(lock: dict[str, Any], now: datetime.datetime) -> bool:
+    """A lock is stale when its process is gone, or, on another machine, when it is an hour old."""
+    if not lock:
+        return False
+    if lock["host"] == platform.node():
+        return bool(lock["pid"] != os.getpid()) and Path(f"/proc/{lock['pid']}").exists()
+    return now - datetime.datetime.fromisoformat(lock["at"]) < _STALE_AFTER
+
+
+def _purge(store: Store, artifact: Artifact, user: str, now: datetime.datetime) -> int:
     """Rewrite the files that hold the user's rows; returns how many rows went."""
     record, attempt = artifact.manifest, ids.new_attempt()
     outputs: dict[str, OutputRecord] = {}
@@ -61,7 +112,7 @@ def _purge(store: Store, artifact: Artifact, user: str, user_id: str, now: datet
         files = list(output.files)
         if output.contract in schemas.USER_COLUMNS:
             for index, file in enumerate(files):
-                kept, rows = _without(artifact, output, file, user, user_id)
+                kept, rows = _without(artifact, output, file, user)
                 if rows:
                     files[index] = _rewrite(store, record, attempt, name, output.contract, index, kept)
                     old.append(f"{record.folder}/{file.path}")
@@ -76,36 +127,17 @@ def _purge(store: Store, artifact: Artifact, user: str, user_id: str, now: datet
     return gone
 
 
-def _without(
-    artifact: Artifact, output: OutputRecord, file: FileRecord, user: str, user_id: str
-) -> tuple[pa.Table, int]:
-    path = f"{artifact.manifest.folder}/{file.path}"
+def _without(artifact: Artifact, output: OutputRecord, file: FileRecord, user: str) -> tuple[pa.Table, int]:
+    """The file's rows of everybody else, and how many rows are the user's."""
     tables.verify(artifact.storage, artifact.manifest.folder, file)
-    column = schemas.USER_COLUMNS[output.contract]
+    path, column = f"{artifact.manifest.folder}/{file.path}", schemas.USER_COLUMNS[output.contract]
     with artifact.storage.open(path) as stream:
-        found = int(
-            pc.sum(
-                _is_theirs(pq.read_table(stream, columns=_needed(output.contract, column)), column, user, user_id)
-            ).as_py()
-            or 0
-        )
+        theirs = pc.fill_null(pc.equal(pq.read_table(stream, columns=[column])[column], user), False)
+    found = int(pc.sum(theirs).as_py() or 0)
     if not found:
         return schemas.get(output.contract).empty_table(), 0
     with artifact.storage.open(path) as stream:
-        table = pq.read_table(stream)
-    return table.filter(pc.invert(_is_theirs(table, column, user, user_id))), found
-
-
-def _needed(contract: str, column: str) -> list[str]:
-    return [column, "raw"] if contract == "quarantine" else [column]
-
-
-def _is_theirs(table: pa.Table, column: str, user: str, user_id: str) -> pa.ChunkedArray:
-    """By pseudonym; a quarantined line too broken to have one is theirs if their id stands in it."""
-    own = pc.fill_null(pc.equal(table[column], user), False)
-    if "raw" in table.column_names:
-        own = pc.or_(own, pc.fill_null(pc.match_substring(table["raw"], user_id), False))
-    return own
+        return pq.read_table(stream).filter(pc.invert(theirs)), found
 
 
 def _rewrite(
@@ -164,18 +196,17 @@ def _remove_strays(store: Store) -> list[str]:
 
 def _attempts(store: Store) -> Iterator[str]:
     """Folders of attempts at artifacts that are not committed."""
-    for stage in store.storage.list("artifacts"):
-        for key in store.storage.list(f"artifacts/{stage.base_name}"):
-            if store.find(stage.base_name, key.base_name) is None:
-                for info in store.storage.list(store.storage.relative(key)):
-                    if info.type == pafs.FileType.Directory:
-                        yield store.storage.relative(info)
+    for stage, key in store.folders():
+        if store.find(stage, key) is None:
+            for info in store.storage.list(artifact_folder(stage, key)):
+                if info.type == pafs.FileType.Directory:
+                    yield store.storage.relative(info)
 
 
-def _remaining(artifact: Artifact, user: str, user_id: str) -> int:
+def _remaining(artifact: Artifact, user: str) -> int:
     count = 0
     for output in artifact.manifest.outputs.values():
         if output.contract in schemas.USER_COLUMNS:
             for file in output.files:
-                count += _without(artifact, output, file, user, user_id)[1]
+                count += _without(artifact, output, file, user)[1]
     return count

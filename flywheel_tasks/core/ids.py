@@ -8,6 +8,7 @@ import hmac
 import os
 import re
 import secrets
+from collections.abc import Callable
 
 from flywheel_tasks.core.errors import ConfigError, InputError
 
@@ -61,6 +62,15 @@ def relative_path(text: str, where: str) -> str:
     if _RELATIVE.match(text) and ".." not in text:
         return text
     raise InputError(f"{where}: path '{text[:80]}' is not a plain relative path")
+
+
+def is_legal(check: Callable[..., str], text: str, *arguments: str) -> bool:
+    """Whether a validator of this module accepts `text`."""
+    try:
+        check(text, *arguments)
+    except InputError:
+        return False
+    return True
 
 
 def new_attempt() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter, defaultdict
@@ -132,6 +133,8 @@ class Output:
 
     def metric(self, name: str, value: float, step: int | None = None) -> None:
         """A number for tracking; with a global step it becomes a curve, without one it also enters the manifest."""
+        if step is None and not math.isfinite(value):
+            raise FlywheelError(f"metric '{name}' is {value}: a stage must not commit a number that is none")
         self.metrics.append((name, float(value), step))
         if self._on_metric:
             self._on_metric(name, float(value), step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fnmatch
 import glob
 import importlib.metadata
 import os
@@ -11,18 +12,18 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from flywheel_tasks.core import ids
-from flywheel_tasks.core.config import FlywheelConfig
+from flywheel_tasks.core.config import FlywheelConfig, StageConfig
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.manifest import InputRecord, Manifest, SourceRecord
-from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.output import QUARANTINE, Output
 from flywheel_tasks.core.stage import Input, Inputs, Stage
-from flywheel_tasks.core.storage import endpoint_query, medium_errors
+from flywheel_tasks.core.storage import external, medium_errors
 from flywheel_tasks.core.store import Artifact, Store, artifact_key
 from flywheel_tasks.core.tracking import AttemptRecord, Tracker
 
@@ -44,10 +45,17 @@ def run_stage(
     cycle = ids.cycle_id(cycle)
     inputs, records = _resolve_inputs(stage, cycle, store, given or {})
     stage_config = config.stages[stage.name]
-    sources = {name: _find_sources(stage, name, getattr(stage_config, name), store) for name in stage.sources}
+    found = {name: _expand_all(stage, name, getattr(stage_config, name)) for name in stage.sources}
+    sources = {name: _digest_sources(files, store) for name, files in found.items()}
     flat_sources = tuple(record for found in sources.values() for record in found)
     key = artifact_key(
-        stage.name, stage.code_version, stage_config.identity(), records, flat_sources, _context(stage, cycle, config)
+        stage.name,
+        {**stage.outputs, QUARANTINE: QUARANTINE},
+        stage.code_version,
+        stage_config.identity(),
+        records,
+        flat_sources,
+        _context(stage, cycle, config) | _models(stage, stage_config, store),
     )
     artifact = store.find(stage.name, key)
     if artifact is not None:
@@ -88,11 +96,12 @@ def _attempt(
                 config=config.stages[stage.name].model_dump(mode="json") | {"seed": config.seed},
                 code_version=stage.code_version,
                 commit=_commit(),
-                environment=_environment(),
+                environment=_environment() | _user_key(stage),
                 started=started,
                 finished=datetime.datetime.now(datetime.UTC),
                 metrics={name: value for name, value, step in out.metrics if step is None},
             )
+            _still_true(stage, config, inputs, store)
             artifact, won = store.commit(manifest)
             store.point(cycle, artifact.manifest)
             tracked.finish(artifact if won else None)
@@ -106,11 +115,10 @@ def _attempt(
 
 def _abandon(store: Store, stage: str, key: str, attempt: str, error: BaseException) -> None:
     """Remove a failed attempt's files; a store that is gone must not hide the reason for the failure."""
-    committed = store.find(stage, key)
-    if committed is not None and committed.manifest.attempt == attempt:
-        return
     try:
-        store.discard(stage, key, attempt)
+        committed = store.find(stage, key)
+        if committed is None or committed.manifest.attempt != attempt:
+            store.discard(stage, key, attempt)
     except (FlywheelError, OSError) as second:
         error.add_note(f"and its files could not be removed: {second}")
 
@@ -155,17 +163,19 @@ def _resolve(
     return artifact
 
 
-def _find_sources(stage: Stage, field: str, patterns: tuple[str, ...], store: Store) -> tuple[SourceRecord, ...]:
-    """Expand globs and digest the files. Names are relative to the deepest common folder, so they do not depend on
-    where the machine keeps them."""
+def _expand_all(stage: Stage, field: str, patterns: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Size and modification time of every file that the globs name."""
     found: dict[str, tuple[int, int]] = {}
     for pattern in patterns:
         matched = _expand(pattern)
         if not matched:
             raise InputError(f"{stage.name}.{field}: no file matches '{pattern}': check the path")
         found.update(matched)
-    if not found:
-        return ()
+    return found
+
+
+def _digest_sources(found: dict[str, tuple[int, int]], store: Store) -> tuple[SourceRecord, ...]:
+    """Names are relative to the deepest common folder, so they do not depend on where a machine keeps the files."""
     shared = _shared_folders(found)
     return tuple(store.source(uri, "/".join(uri.split("/")[shared:]), *found[uri]) for uri in sorted(found))
 
@@ -186,25 +196,71 @@ def _expand(pattern: str) -> dict[str, tuple[int, int]]:
         paths = glob.glob(os.path.abspath(pattern.removeprefix("file://")), recursive=True)
         files = [Path(path) for path in paths if os.path.isfile(path)]
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-    import fnmatch
-
-    fs, root = pafs.FileSystem.from_uri(pattern.split("*")[0].rsplit("/", 1)[0] + endpoint_query(pattern))
+    fs, root = external(pattern.split("*")[0].rsplit("/", 1)[0])
     scheme, wanted = pattern.split("://", 1)
-    infos = fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
+    try:
+        infos = fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
+    except OSError as error:
+        raise InputError(f"'{pattern}' cannot be listed: {' '.join(str(error).split())[:200]}") from error
     return {
         f"{scheme}://{info.path}": (info.size, info.mtime_ns or 0)
         for info in infos
-        if info.type == pafs.FileType.File and fnmatch.fnmatchcase(info.path, wanted)
+        if info.type == pafs.FileType.File and _matches(info.path, wanted)
     }
 
 
+def _matches(path: str, pattern: str) -> bool:
+    """As a local glob: a star does not cross a folder."""
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
 def _context(stage: Stage, cycle: str, config: FlywheelConfig) -> dict[str, str]:
-    context = {"seed": str(config.seed)}
-    if stage.uses_user_key:
-        context["user_key"] = ids.fingerprint(ids.user_key())
+    context = {"seed": str(config.seed)} | _user_key(stage)
     if stage.uses_cycle:
         context["cycle"] = cycle
     return context
+
+
+def _models(stage: Stage, stage_config: StageConfig, store: Store) -> dict[str, str]:
+    """What stands behind the names of models: other weights at the same path make another artifact."""
+    context: dict[str, str] = {}
+    for field in stage.models:
+        value = reduce(getattr, field.split("."), stage_config)
+        if isinstance(value, str) and value.startswith("package:"):
+            context[field] = _package_version(value.removeprefix("package:"), f"{stage.name}.{field}")
+        elif isinstance(value, str) and Path(value).exists():
+            files = sorted(path for path in [Path(value), *Path(value).rglob("*")] if path.is_file())
+            found = {str(p.absolute()): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+            context[field] = " ".join(record.sha256 for record in _digest_sources(found, store))
+    return context
+
+
+def _package_version(package: str, field: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(f"{field}: package '{package}' is not installed: install it, or name a folder") from error
+
+
+def _user_key(stage: Stage) -> dict[str, str]:
+    """Which key pseudonymised the users: its fingerprint, never the key."""
+    return {"user_key": ids.fingerprint(ids.user_key())} if stage.uses_user_key else {}
+
+
+def _still_true(stage: Stage, config: FlywheelConfig, inputs: Inputs, store: Store) -> None:
+    """What the attempt started from must still hold when it commits."""
+    if store.forgotten() - inputs.forgotten:
+        raise FlywheelError(
+            f"{stage.name}: a user was forgotten while it ran: run it again, their rows must not return"
+        )
+    for name in stage.sources:
+        now = _expand_all(stage, name, getattr(config.stages[stage.name], name))
+        for source in inputs.sources[name]:
+            if now.get(source.uri, (0, 0))[0] != source.bytes:
+                raise InputError(
+                    f"{source.uri} changed while it was read: wait until the log is complete, then run again"
+                )
 
 
 @cache

@@ -106,6 +106,11 @@ def get(name: str) -> pa.Schema:
     return SCHEMAS[name]
 
 
+def fingerprint(contract: str) -> str:
+    """What a contract says, so that an artifact written under another one is another artifact."""
+    return SCHEMAS[contract].to_string() if contract in SCHEMAS else contract
+
+
 def conform(table: pa.Table | pa.RecordBatch, schema: pa.Schema, where: str) -> pa.Table:
     """`table` with exactly the columns and types of `schema`, or an error that names the column."""
     if isinstance(table, pa.RecordBatch):

@@ -93,6 +93,8 @@ class Stage:
     uses_user_key: bool = False
     uses_cycle: bool = False
     """The content depends on which week it is, so the same inputs give another artifact in another cycle."""
+    models: tuple[str, ...] = ()
+    """Config fields (dotted) that name a model: a folder, a file or package:NAME, whose content enters the key."""
     data: tuple[str, ...] = ()
     """Package files and folders (rules, templates, weights) that decide the content beside the code."""
 

@@ -65,7 +65,7 @@ class Storage:
     def __init__(self, uri: str) -> None:
         self.uri = normal_uri(uri)
         self.local = self.uri.startswith("file://")
-        self.root = urlsplit(self.uri).path if self.local else self.uri.split("://", 1)[1]
+        self.root = self.uri.split("://", 1)[1]
 
     @cached_property
     def fs(self) -> pafs.FileSystem:
@@ -94,6 +94,7 @@ class Storage:
                     fault_point(f"fsync {path}")
                     os.fsync(raw.fileno())
                 _fsync_folder(os.path.dirname(full))
+                _fsync_folder(os.path.dirname(os.path.dirname(full)))
             else:
                 with self.fs.open_output_stream(full) as raw:
                     stream = HashingFile(raw, path)
@@ -155,7 +156,7 @@ class Storage:
                     digest = hashlib.file_digest(stream, "sha256")
                     return stream.tell(), digest.hexdigest()
             with self.fs.open_input_stream(full) as stream:
-                return _digest_stream(stream)
+                return digest_stream(stream)
 
     def list(self, folder: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.full(folder), allow_not_found=True, recursive=recursive)
@@ -200,9 +201,13 @@ def normal_uri(uri: str) -> str:
     scheme = uri.split("://", 1)[0]
     if scheme not in ("file", "s3", "gs"):
         raise ConfigError(f"'{uri}' has scheme '{scheme}': use file://, s3:// or gs://, or a path")
-    if ".." in uri.split("/") or "?" in uri or "%" in uri:
-        raise ConfigError(f"'{uri}' must be a plain URI without '..', '?' or '%'")
-    return uri.rstrip("/")
+    uri = uri.rstrip("/")
+    where = uri.partition("://")[2]
+    if ".." in where.split("/") or set(where) & set("?%#") or not where or (scheme == "file" and where[0] != "/"):
+        raise ConfigError(
+            f"'{uri}' must be a plain URI such as s3://bucket/folder or file:///folder, without '..', '?', '%' or '#'"
+        )
+    return uri
 
 
 def open_external(uri: str) -> BinaryIO:
@@ -210,11 +215,20 @@ def open_external(uri: str) -> BinaryIO:
     try:
         if "://" not in uri:
             return open(uri, "rb")
-        fs, path = pafs.FileSystem.from_uri(uri + endpoint_query(uri))
+        fs, path = external(uri)
         stream: BinaryIO = fs.open_input_file(path)
         return stream
     except OSError as error:
         raise InputError(f"{uri}: {error.strerror or error}: check the path and the permissions") from error
+
+
+def external(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system and the path of a URI outside the store."""
+    try:
+        fs, path = pafs.FileSystem.from_uri(uri + endpoint_query(uri))
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{uri}' cannot be opened: {error}: use a path, s3:// or gs://") from error
+    return fs, path
 
 
 def endpoint_query(uri: str) -> str:
@@ -226,7 +240,8 @@ def endpoint_query(uri: str) -> str:
     return f"?scheme={parts.scheme}&endpoint_override={parts.netloc}"
 
 
-def _digest_stream(stream: Any) -> tuple[int, str]:
+def digest_stream(stream: Any) -> tuple[int, str]:
+    """Size and sha256 of what a stream holds."""
     digest, size = hashlib.sha256(), 0
     while chunk := stream.read(_CHUNK):
         digest.update(chunk)

@@ -14,16 +14,17 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flywheel_tasks.core import ids, manifest, tables
+from flywheel_tasks.core import ids, manifest, schemas, tables
 from flywheel_tasks.core.errors import CorruptArtifact, InputError
 from flywheel_tasks.core.manifest import InputRecord, Manifest, SourceRecord
-from flywheel_tasks.core.storage import Storage, open_external
+from flywheel_tasks.core.storage import Storage, digest_stream, open_external
 
 KEY_DIGITS = 32
 
 
 def artifact_key(
     stage: str,
+    contracts: Mapping[str, str],
     code_version: str,
     config: Mapping[str, Any],
     inputs: Mapping[str, InputRecord],
@@ -33,6 +34,7 @@ def artifact_key(
     """The digest of all that decides an artifact's content; the same work has the same key on any machine."""
     identity = {
         "stage": stage,
+        "contracts": {name: schemas.fingerprint(contract) for name, contract in contracts.items()},
         "code": code_version,
         "config": config,
         "inputs": {name: [record.stage, record.key, record.output] for name, record in inputs.items()},
@@ -141,12 +143,15 @@ class Store:
 
     def commit(self, record: Manifest) -> tuple[Artifact, bool]:
         """Publish the artifact, or find that another attempt was first: then this attempt's files are removed."""
-        if self.storage.put_new(record.path, record.to_bytes()):
+        data = record.to_bytes()
+        manifest.parse(data, record.path)
+        if self.storage.put_new(record.path, data):
             return Artifact(self.storage, record), True
         winner = self.get(record.stage, record.key)
-        if winner.manifest.attempt != record.attempt:
+        won = winner.manifest.attempt == record.attempt  # an answer that got lost on the way, and the retry after it
+        if not won:
             self.discard(record.stage, record.key, record.attempt)
-        return winner, False
+        return winner, won
 
     def discard(self, stage: str, key: str, attempt: str) -> None:
         self.storage.delete_folder(f"{manifest.artifact_folder(stage, key)}/{ids.name(attempt, 'attempt')}")
@@ -169,15 +174,22 @@ class Store:
         return self.find(stage, key)
 
     def cycles(self) -> list[str]:
-        return [info.base_name for info in self.storage.list("cycles") if _is_cycle(info.base_name)]
+        return [i.base_name for i in self.storage.list("cycles") if ids.is_legal(ids.cycle_id, i.base_name)]
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every committed artifact, in order of stage and key."""
+        for stage, key in self.folders():
+            artifact = self.find(stage, key)
+            if artifact is not None:
+                yield artifact
+
+    def folders(self) -> Iterator[tuple[str, str]]:
+        """Stage and key of every folder that can hold an artifact; what a file manager left beside them is skipped."""
         for stage in self.storage.list("artifacts"):
-            for folder in self.storage.list(f"artifacts/{stage.base_name}"):
-                artifact = self.find(stage.base_name, folder.base_name)
-                if artifact is not None:
-                    yield artifact
+            if ids.is_legal(ids.name, stage.base_name, "stage"):
+                for folder in self.storage.list(f"artifacts/{stage.base_name}"):
+                    if ids.is_legal(ids.key, folder.base_name):
+                        yield stage.base_name, folder.base_name
 
     def forgotten(self) -> frozenset[str]:
         """Pseudonyms that must not enter any artifact."""
@@ -193,23 +205,11 @@ class Store:
             if remembered == f"{size}/{mtime_ns}" and len(sha256) == 64:
                 return SourceRecord(name=name, uri=uri, bytes=size, sha256=sha256)
         with open_external(uri) as stream:
-            sha256 = _sha256(stream)
+            read, sha256 = digest_stream(stream)
+        if read != size:
+            raise InputError(f"{uri} changed while it was read: wait until the log is complete, then run again")
         self.storage.put(memo, f"{size}/{mtime_ns} {sha256}".encode())
         return SourceRecord(name=name, uri=uri, bytes=size, sha256=sha256)
 
     def _pointer_path(self, cycle: str, stage: str) -> str:
         return f"cycles/{ids.cycle_id(cycle)}/{ids.name(stage, 'stage')}.json"
-
-
-def _is_cycle(text: str) -> bool:
-    try:
-        return bool(ids.cycle_id(text))
-    except InputError:
-        return False
-
-
-def _sha256(stream: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := stream.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()

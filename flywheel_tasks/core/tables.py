@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,13 +118,3 @@ class TableReader:
                 f"{self._folder}/{file.path} does not have the schema '{self._output.contract}' version "
                 f"{schemas.VERSION}: it was written by another version; run its stage again"
             )
-
-
-def read_part(store_uri: str, path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A verified part, read by a worker."""
-    with Storage(store_uri).open(path) as stream:
-        return pq.read_table(stream, columns=columns)
-
-
-def digest_bytes(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flywheel_tasks.core.config import without_password
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.core.store import Artifact
@@ -114,12 +115,11 @@ class Tracker:
         try:
             with self._lock:
                 self._send(record)
-                self._send_pending()
         except Exception as error:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            reason = self._reason(error)
             kept = f"{_PENDING}/{record.stage}-{record.attempt}.json"
             print(
-                f"warning: MLflow at {_without_password(self._uri)} refused the record of {record.stage}: {reason}",
+                f"warning: MLflow at {without_password(self._uri)} refused the record of {record.stage}: {reason}",
                 file=sys.stderr,
             )
             try:
@@ -127,6 +127,8 @@ class Tracker:
                 print(f"warning: kept in the store as {kept}; the next run sends it", file=sys.stderr)
             except FlywheelError as second:
                 print(f"warning: and the store did not take it either: {second}", file=sys.stderr)
+        else:
+            self._send_pending()
 
     def _send_while_running(self, record: AttemptRecord, done: threading.Event) -> None:
         wait = _FIRST_SEND_SECONDS
@@ -136,16 +138,27 @@ class Tracker:
                 with self._lock:
                     self._send(record)
             except Exception as error:
-                print(f"warning: MLflow is not reachable yet: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+                print(f"warning: MLflow is not reachable yet: {self._reason(error)}", file=sys.stderr)
                 wait = 6 * _SEND_EVERY_SECONDS
 
     def _send_pending(self) -> None:
+        """What earlier runs could not send. One record that cannot be sent does not keep the others."""
         for info in self._storage.list(_PENDING):
             path = self._storage.relative(info)
-            data = self._storage.read(path) if path.endswith(".json") else None
-            if data is not None:
-                self._send(AttemptRecord.from_json(data))
-                self._storage.delete(path)
+            try:
+                data = self._storage.read(path) if path.endswith(".json") else None
+                if data is not None:
+                    with self._lock:
+                        self._send(AttemptRecord.from_json(data))
+                    self._storage.delete(path)
+            except FileNotFoundError:
+                continue  # another run sent it at the same time
+            except Exception as error:
+                print(f"warning: {path} still waits for MLflow: {self._reason(error)}", file=sys.stderr)
+
+    def _reason(self, error: Exception) -> str:
+        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return text.replace(self._uri, without_password(self._uri))
 
     def _send(self, record: AttemptRecord) -> None:
         client = _client(self._uri)
@@ -196,7 +209,7 @@ class Tracker:
         """The cycle's run. The store settles which one it is when several stages start at once."""
         from mlflow.exceptions import MlflowException
 
-        target = hashlib.sha256(_without_password(self._uri).encode()).hexdigest()[:12]
+        target = hashlib.sha256(without_password(self._uri).encode()).hexdigest()[:12]
         path = f"tracking/{cycle}-{target}"
         known = self._storage.read(path)
         if known is not None:
@@ -287,8 +300,3 @@ def _local_lock(uri: str) -> Iterator[None]:
 
 def _milliseconds(moment: datetime.datetime) -> int:
     return int(moment.timestamp() * 1000)
-
-
-def _without_password(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    return scheme + separator + rest.rsplit("@", 1)[-1]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.schemas import EVENT
 
 
@@ -38,6 +39,10 @@ _DECODER = msgspec.json.Decoder(Event)
 _FIELD = re.compile(r" - at `\$(?:\[\d+\])?\.?(\w*)`")
 _IDS = ("event_id", "conversation_id", "message_id", "user_id", "character_id")
 _LONGEST_ID = 256
+_FIRST_MOMENT, _LAST_MOMENT = (
+    pa.scalar(moment.replace(tzinfo=datetime.UTC), pa.timestamp("us", tz="UTC"))
+    for moment in (datetime.datetime.min, datetime.datetime.max)
+)
 _REQUIRED = (("message", "role"), ("message", "content"), ("reaction", "reaction"), ("feedback", "content"))
 
 
@@ -59,10 +64,29 @@ def parse_lines(block: bytes) -> tuple[pa.Table, np.ndarray, list[tuple[int, str
 def parse_table(table: pa.Table) -> tuple[pa.Table, np.ndarray, list[tuple[int, str, bytes]]]:
     """The same for a batch of a Parquet log; a row counts as a line."""
     names = [name for name in EVENT.names if name in table.schema.names]
-    rows = table.select(names).to_pylist()
+    rows = _plain(table.select(names)).to_pylist()
     lines = [msgspec.json.encode({k: v for k, v in row.items() if v is not None}) for row in rows]
     events, numbers, refused = _parse_each(lines, range(len(lines)))
     return _check(_columns(events), np.asarray(numbers, np.int64), lines, refused)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Columns as JSON would have them: text for bytes and dictionaries, times no finer than microseconds."""
+    for index, field in enumerate(table.schema):
+        kind = field.type
+        if pa.types.is_dictionary(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            wanted = pa.string()
+        elif pa.types.is_timestamp(kind):
+            wanted = pa.timestamp("us", tz=kind.tz)
+        else:
+            continue
+        try:
+            table = table.set_column(index, field.name, pc.cast(table.column(index), wanted, safe=False))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise InputError(
+                f"column '{field.name}' of a Parquet log has type {kind} and is no text: {error}"
+            ) from error
+    return table
 
 
 def _parse_each(
@@ -109,9 +133,11 @@ def _timestamps(texts: list[str]) -> pa.Array:
     """ISO 8601 with a zone → UTC; null where it is not one, or lies outside what dates can be."""
     utc = pa.timestamp("us", tz="UTC")
     try:
-        return pa.array(texts, pa.string()).cast(utc)
+        moments = pa.array(texts, pa.string()).cast(utc)
     except pa.ArrowInvalid:
         return pa.array([_timestamp(text) for text in texts], utc)
+    real = pc.and_(pc.greater_equal(moments, _FIRST_MOMENT), pc.less_equal(moments, _LAST_MOMENT))
+    return pc.if_else(real, moments, pa.scalar(None, utc))
 
 
 def _timestamp(text: str) -> datetime.datetime | None:

@@ -38,10 +38,7 @@ class IngestConfig(StageConfig):
     continue_minutes: int = Field(10, ge=1, description="p(continue): the user writes again within this time (Table 2)")
     eval_share: float = Field(0.1, ge=0, lt=1, description="share of conversations held out for evaluation, by hash")
     longest_line: int = Field(4 << 20, ge=1024, description="a log line of more bytes is quarantined")
-    quarantine_chars: int = Field(2000, ge=0, description="how much of a malformed line to keep for its repair")
-    chunk_bytes: int = Field(
-        64 << 20, ge=1 << 10, description="bytes of log parsed by one task", json_schema_extra=Operational
-    )
+    chunk_bytes: int = Field(64 << 20, ge=1 << 10, description="bytes of log parsed by one task")
     bucket_bytes: int = Field(48 << 20, ge=1 << 12, description="bytes of log, about, assembled by one task")
 
     @field_validator("logs", mode="before")
@@ -74,8 +71,8 @@ class _Bucket:
 def run(inputs: Inputs, config: IngestConfig, out: Output) -> None:
     """Read the raw event logs: refuse malformed lines with file, line number and reason, pseudonymise users, drop
     duplicates, put late events in order, attach reactions, feedback and regenerations to the response they are about,
-    and derive p(continue). Gives conversations, each user's daily sends, and the quarantine."""
-    ids.user_key()
+    and derive p(continue). Gives conversations, each user's daily sends, and the quarantine, which says where a refused
+    line stands and never repeats it: it may name a person."""
     sources = inputs.sources["logs"]
     if not sources:
         raise ConfigError(
@@ -90,8 +87,8 @@ def run(inputs: Inputs, config: IngestConfig, out: Output) -> None:
             store_uri=out.store_uri,
             scratch=out.scratch(),
             longest_line=config.longest_line,
-            quarantine_chars=config.quarantine_chars,
             forgotten=inputs.forgotten,
+            user_key=ids.fingerprint(ids.user_key()),
         )
         for group in logs.grouped(chunks, config.chunk_bytes)
     ]
@@ -161,7 +158,8 @@ def _first_lines(parsed: Sequence[spill.Parsed]) -> list[tuple[str, int]]:
 def _quarantine(refused: pa.Table, name: str, first: int) -> pa.Table:
     numbers = refused["line"].to_numpy() + first + 1
     where = pa.array([f"{name}:{number}" for number in numbers], pa.string())
-    return pa.table([where, refused["reason"], where, refused["user"], refused["raw"]], schema=schemas.QUARANTINE)
+    nothing = pa.nulls(len(refused), pa.string())
+    return pa.table([where, refused["reason"], where, refused["user"], nothing], schema=schemas.QUARANTINE)
 
 
 STAGE = Stage(

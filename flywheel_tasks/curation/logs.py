@@ -78,10 +78,9 @@ def line_blocks(chunk: Chunk, longest: int) -> Iterator[bytes | TooLong]:
             if chunk.name.endswith(".jsonl"):
                 yield from _range_lines(raw, chunk, longest)
             else:
-                stream = _decompressed(raw, chunk)
-                yield from _whole_lines(stream, longest)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{chunk.uri}: the compressed data is damaged ({error}): copy the file again") from error
+                yield from _whole_lines(_decompressed(raw, chunk), longest)
+    except (EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{chunk.uri}: cannot be read to its end ({error}): copy the file again") from error
 
 
 def tables(chunk: Chunk) -> Iterator[pa.Table]:
@@ -97,24 +96,7 @@ def tables(chunk: Chunk) -> Iterator[pa.Table]:
 def _decompressed(raw: Any, chunk: Chunk) -> Any:
     if chunk.name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
-    import zstandard
-
-    return _Zstd(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-
-
-class _Zstd:
-    """zstandard ends quietly on a truncated frame only if asked nothing more; its errors become the usual ones."""
-
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-
-    def read(self, size: int) -> bytes:
-        import zstandard
-
-        try:
-            return cast(bytes, self._reader.read(size))
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from error
+    return pa.input_stream(raw, compression="zstd")
 
 
 def _range_lines(raw: Any, chunk: Chunk, longest: int) -> Iterator[bytes | TooLong]:
@@ -143,7 +125,7 @@ def _whole_lines(stream: Any, longest: int) -> Iterator[bytes | TooLong]:
         rest = yield from _emit(rest + block, longest)
         if len(rest) > longest:
             yield TooLong(rest[:longest])
-            rest = _after_line(stream)
+            rest = yield from _emit(_after_line(stream), longest)
     if rest:
         yield from _last(rest, longest)
 

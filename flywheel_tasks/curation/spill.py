@@ -16,13 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flywheel_tasks.core import ids
+from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.curation import events, logs
 from flywheel_tasks.curation.assemble import SPILLED
 
-REFUSED = pa.schema([("line", pa.int64()), ("reason", pa.string()), ("user", pa.string()), ("raw", pa.string())])
+REFUSED = pa.schema([("line", pa.int64()), ("reason", pa.string()), ("user", pa.string())])
 FORGOTTEN = "user asked to be forgotten"
 _SPILL_ROWS = 150_000
+_SPILL_BYTES = 128 << 20
 
 Refused = Sequence[tuple[int, str, bytes]]
 
@@ -34,8 +36,9 @@ class ParseTask:
     store_uri: str
     scratch: str
     longest_line: int
-    quarantine_chars: int
     forgotten: frozenset[str]
+    user_key: str
+    """Fingerprint of the driver's key: a worker with another one would give every user a second pseudonym."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ _USER = msgspec.json.Decoder(_User)
 
 def parse_chunks(task: ParseTask) -> list[Parsed]:
     """Parse and spill the task's chunks. Memory is bounded by the spill size, not by theirs."""
+    if ids.fingerprint(ids.user_key()) != task.user_key:
+        raise ConfigError(f"a worker's {ids.USER_KEY_VARIABLE} differs from the driver's: set the same on every node")
     return [_parse_chunk(task, chunk) for chunk in task.chunks]
 
 
@@ -155,17 +160,16 @@ class _Spiller:
             self._hold(pseudonymise(table, self._secret), numbers + self.lines)
         self.refuse(refused)
         self.lines += lines
-        if sum(map(len, self._held)) >= _SPILL_ROWS:
+        if sum(len(held) for held in self._held) >= _SPILL_ROWS or sum(t.nbytes for t in self._held) >= _SPILL_BYTES:
             self._spill()
 
     def refuse(self, refused: Refused) -> None:
         for number, reason, line in refused:
             user = self._user_of(line)
             if user in self._task.forgotten:
-                self._refuse(number + self.lines, FORGOTTEN, None, None)
+                self._refuse(number + self.lines, FORGOTTEN, None)
             else:
-                raw = line.decode(errors="replace")[: self._task.quarantine_chars]
-                self._refuse(number + self.lines, reason, user, raw)
+                self._refuse(number + self.lines, reason, user)
 
     def finish(self) -> Parsed:
         self._spill()
@@ -185,7 +189,7 @@ class _Spiller:
         table = table.append_column("chunk", chunk).append_column("line", pa.array(lines)).cast(SPILLED)
         gone = pc.is_in(table["user_id"], pa.array(sorted(self._task.forgotten), pa.string()))
         for line in table.filter(gone)["line"].to_pylist():
-            self._refuse(line, FORGOTTEN, None, None)
+            self._refuse(line, FORGOTTEN, None)
         table = table.filter(pc.invert(gone))
         self._events += len(table)
         self._held.append(table)
@@ -199,8 +203,8 @@ class _Spiller:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
 
-    def _refuse(self, line: int, reason: str, user: str | None, raw: str | None) -> None:
-        self._refused.append({"line": line, "reason": reason, "user": user, "raw": raw})
+    def _refuse(self, line: int, reason: str, user: str | None) -> None:
+        self._refused.append({"line": line, "reason": reason, "user": user})
         self._refusals += 1
         if len(self._refused) >= _SPILL_ROWS // 10:
             self._spill_refused()

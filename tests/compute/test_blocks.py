@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import psutil
@@ -10,6 +11,7 @@ import pytest
 
 from flywheel_tasks.compute import session
 from flywheel_tasks.compute.blocks import map_blocks
+from flywheel_tasks.core.errors import FlywheelError, InputError
 
 
 def work(block: int) -> tuple[int, int]:
@@ -43,3 +45,28 @@ def test_a_local_ray_listens_on_loopback_alone_and_asks_for_a_token() -> None:
     listening = [c for c in psutil.net_connections("inet") if c.status == "LISTEN" and c.pid in own]
     assert listening
     assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} <= {"127.0.0.1", "::1"}
+
+
+def picky(block: int) -> int:
+    if block == 3:
+        raise InputError("log 3 is cut short: copy it again")
+    return block
+
+
+def dies(block: int) -> int:
+    if block == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return block
+
+
+@pytest.mark.slow
+def test_what_a_worker_raised_for_people_reaches_them_unchanged() -> None:
+    with pytest.raises(InputError, match=r"^log 3 is cut short: copy it again$"):
+        list(map_blocks(picky, list(range(6))))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_line_and_is_not_tried_again() -> None:
+    with pytest.raises(FlywheelError, match="a worker failed") as failure:
+        list(map_blocks(dies, list(range(6))))
+    assert "\n" not in str(failure.value)

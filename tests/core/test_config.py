@@ -48,6 +48,8 @@ def test_the_cluster_profile_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> N
         ("store.uri=s3://bucket/../other", "without '..'"),
         ("tune=3", "'tune' is a section"),
         ("tune.rate", "not KEY=VALUE"),
+        ("tune.threads=yes", "'threads' is a number"),
+        ("tune.words=2026-13-45", "not a YAML value"),
         ("tune.words=[a", "not a YAML value"),
     ],
 )
@@ -86,3 +88,20 @@ def test_how_a_stage_runs_is_not_part_of_what_it_computes() -> None:
     one, many = Tuned(threads=1), Tuned(threads=64)
     assert one.identity() == many.identity() == {"rate": 0.5, "words": []}
     assert Tuned(rate=0.4).identity() != one.identity()
+
+
+def test_a_profile_beside_a_config_file_is_refused_but_one_in_the_environment_is_only_a_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 5\n")
+    with pytest.raises(ConfigError, match="not both"):
+        load(STAGES, profile="test", file=str(file))
+    monkeypatch.setenv("FLYWHEEL_PROFILE", "test")
+    assert load(STAGES, file=str(file)).profile == "test"
+
+
+def test_a_password_in_the_tracking_uri_is_never_part_of_what_is_tracked() -> None:
+    flat = load(STAGES, overrides=["tracking.uri=http://me:secret@host:5000"]).flat()
+    assert flat["tracking.uri"] == "http://host:5000"
+    assert "secret" not in str(flat)

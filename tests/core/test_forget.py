@@ -11,6 +11,7 @@ import pytest
 
 from flywheel_tasks.core import ids, lineage, schemas
 from flywheel_tasks.core.config import FlywheelConfig
+from flywheel_tasks.core.errors import ConfigError, FlywheelError, InputError
 from flywheel_tasks.core.forget import forget
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.runner import run_stage
@@ -38,9 +39,9 @@ def store(tmp_path: Path, user_key: bytes) -> Store:
         with out.table("activity") as writer:
             writer.write(pa.Table.from_pylist(rows, schemas.ACTIVITY))
         bad = [
-            {"row_id": "l:1", "reason": "odd", "where": "l:1", "user": of("ann", user_key), "raw": "hello"},
-            {"row_id": "l:2", "reason": "odd", "where": "l:2", "user": None, "raw": '{"user_id": "ann", "cont'},
-            {"row_id": "l:3", "reason": "odd", "where": "l:3", "user": None, "raw": '{"user_id": "bob", "cont'},
+            {"row_id": "l:1", "reason": "odd", "where": "l:1", "user": of("ann", user_key), "raw": None},
+            {"row_id": "l:2", "reason": "odd", "where": "l:2", "user": None, "raw": None},
+            {"row_id": "l:3", "reason": "odd", "where": "l:3", "user": of("bob", user_key), "raw": None},
         ]
         out.reject(pa.Table.from_pylist(bad, schemas.QUARANTINE))
         out.account("row", rows_in=9, rows_out=6)
@@ -66,12 +67,12 @@ def table(store: Store, stage: str, output: str) -> pa.Table:
 
 def test_their_rows_go_and_the_others_stay(store: Store, user_key: bytes) -> None:
     report = forget(store, "ann", user_key)
-    assert list(report["purged"].values()) == [4]
+    assert list(report["purged"].values()) == [3]
     assert (report["remaining"], report["clean"]) == ({}, True)
     left = table(store, "drill-first", "activity")
     assert set(left["unit_id"].to_pylist()) == {of("bob", user_key), of("cleo", user_key)}
     assert left.num_rows == 4
-    assert table(store, "drill-first", "quarantine")["row_id"].to_pylist() == ["l:3"]
+    assert table(store, "drill-first", "quarantine")["row_id"].to_pylist() == ["l:2", "l:3"]
 
 
 def test_no_byte_of_them_is_left_in_the_store(store: Store, user_key: bytes) -> None:
@@ -97,7 +98,8 @@ def test_forgetting_twice_changes_nothing_and_a_stranger_touches_nothing(store: 
     again = forget(store, "ann", user_key)
     assert again["purged"] == {}
     assert len(again["retrain_needed"]) == 1
-    assert forget(store, "nobody", user_key)["purged"] == {}
+    stranger = forget(store, "nobody", user_key)
+    assert (stranger["purged"], stranger["known"], again["known"]) == ({}, False, True)
     assert [a.manifest.to_bytes() for a in store.artifacts()] == before
 
 
@@ -125,3 +127,44 @@ def _plain(path: Path) -> bytes:
     import pyarrow.parquet as pq
 
     return str(pq.read_table(path).to_pylist()).encode()
+
+
+def test_an_empty_id_is_refused(store: Store, user_key: bytes) -> None:
+    with pytest.raises(InputError, match="empty"):
+        forget(store, " ", user_key)
+
+
+def test_under_another_key_nothing_is_called_clean(tmp_path: Path, user_key: bytes) -> None:
+    def nothing(inputs: Inputs, config: object, out: Output) -> None:
+        out.json("report", {})
+
+    config = config_for(str(tmp_path / "keyed"))
+    store = Store(config.store.uri)
+    run_stage(replace(FIRST, run=nothing, outputs={"report": "json"}, uses_user_key=True), CYCLE, config, store)
+    assert forget(store, "ann", user_key)["clean"]
+    with pytest.raises(ConfigError, match="another FLYWHEEL_USER_KEY"):
+        forget(store, "ann", b"some other key of a new shell")
+
+
+def test_two_purges_do_not_run_at_once_but_a_dead_one_does_not_block(store: Store, user_key: bytes) -> None:
+    import json
+    import platform
+
+    lock = {"host": platform.node(), "pid": os.getppid(), "at": "2026-11-20T00:00:00+00:00"}
+    store.storage.put("forget.lock", json.dumps(lock).encode())
+    with pytest.raises(FlywheelError, match="another forget runs"):
+        forget(store, "ann", user_key)
+    store.storage.put("forget.lock", json.dumps(lock | {"pid": 2**22 + 1}).encode())
+    assert forget(store, "ann", user_key)["clean"]
+    assert store.storage.read("forget.lock") is None
+
+
+def test_a_run_that_began_before_a_user_was_forgotten_cannot_bring_them_back(store: Store, user_key: bytes) -> None:
+    def slow(inputs: Inputs, config: object, out: Output) -> None:
+        forget(store, "bob", user_key)
+        FIRST.run(inputs, config, out)
+
+    config = config_for(store.uri)
+    with pytest.raises(FlywheelError, match="a user was forgotten while it ran"):
+        run_stage(replace(FIRST, run=slow), "2026-W48", config, store)
+    assert store.pointed("2026-W48", "drill-first") is None

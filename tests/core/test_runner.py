@@ -15,7 +15,7 @@ from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.runner import Result, run_stage
 from flywheel_tasks.core.stage import Input, Inputs
 from flywheel_tasks.core.store import Store
-from tests.drills.stages import CYCLE, FIRST, SECOND, config_for
+from tests.drills.stages import CYCLE, FIRST, SECOND, DrillConfig, config_for
 
 
 @pytest.fixture
@@ -172,3 +172,58 @@ def test_a_table_written_under_another_schema_is_refused(
     reader.schema = schemas.EXPOSURE
     with pytest.raises(CorruptArtifact, match="does not have the schema"):
         reader.read()
+
+
+class Modelled(DrillConfig):
+    model: str = ""
+
+
+def test_other_weights_at_the_same_path_make_another_artifact(config: FlywheelConfig, tmp_path: Path) -> None:
+    stage = replace(FIRST, config=Modelled, models=("model",))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    keys = []
+    for weights in (b"one", b"two", b"one"):
+        (folder / "weights.safetensors").write_bytes(weights)
+        settings = config.model_copy(update={"stages": {FIRST.name: Modelled(model=str(folder))}})
+        keys.append(run(stage, settings).artifact.manifest.key)
+    assert keys[0] == keys[2] != keys[1]
+    missing = config.model_copy(update={"stages": {FIRST.name: Modelled(model="package:no-such-package")}})
+    with pytest.raises(InputError, match="no-such-package"):
+        run(stage, missing)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_never_committed(config: FlywheelConfig, store: Store, value: float) -> None:
+    def diverged(inputs: Inputs, settings: object, out: Output) -> None:
+        out.metric("loss", value)
+        FIRST.run(inputs, settings, out)
+
+    with pytest.raises(FlywheelError, match="metric 'loss'"):
+        run(replace(FIRST, run=diverged), config)
+    assert list(store.artifacts()) == []
+
+
+def test_another_contract_is_another_artifact(config: FlywheelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run(FIRST, config).artifact.manifest.key
+    wider = schemas.ACTIVITY.append(pa.field("note", pa.string()))
+    monkeypatch.setitem(schemas.SCHEMAS, "activity", wider)
+
+    def noted(inputs: Inputs, settings: object, out: Output) -> None:
+        with out.table("activity") as writer:
+            writer.write(wider.empty_table())
+        for name in ("report", "plot"):
+            (out.folder(name) / "x").write_text("x")
+        (out.folder("model") / "x").write_text("x")
+        out.account("unit", 0, 0)
+
+    assert run(replace(FIRST, run=noted), config).artifact.manifest.key != before
+
+
+def test_a_stray_file_beside_the_artifacts_disturbs_nobody(
+    config: FlywheelConfig, store: Store, tmp_path: Path
+) -> None:
+    run(FIRST, config)
+    (tmp_path / "store" / "artifacts" / ".DS_Store").write_bytes(b"")
+    (tmp_path / "store" / "artifacts" / "drill-first" / ".snapshot").mkdir()
+    assert len(list(store.artifacts())) == 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+import gzip
 from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import zstandard
 
 from flywheel_tasks import pipeline
 from flywheel_tasks.core import ids
@@ -15,6 +17,7 @@ from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.core.forget import forget
 from flywheel_tasks.core.runner import Result, run_stage
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.curation import spill
 from flywheel_tasks.curation.ingest import STAGE
 from flywheel_tasks.simulation.faults import Faults
 from flywheel_tasks.simulation.traffic import TrafficTruth, write_event_log
@@ -139,7 +142,7 @@ def test_activity_counts_each_users_sends_per_day(traffic: tuple[Path, TrafficTr
 
 
 def test_no_raw_user_id_is_stored_and_the_key_is_nowhere(traffic: tuple[Path, TrafficTruth], made: Artifact) -> None:
-    tables = [made.table(name).read() for name in ("conversations", "activity")]
+    tables = [made.table(name).read() for name in ("conversations", "activity", "quarantine")]
     text = str([table.to_pylist() for table in tables])
     users = {c.user.user_id for c in traffic[1].conversations.values()}
     assert not [user for user in users if user in text]
@@ -205,15 +208,15 @@ def test_a_forgotten_user_cannot_come_back_through_the_logs(
     quarantine = again.table("quarantine").read().to_pylist()
     gone = [row for row in quarantine if row["reason"] == "user asked to be forgotten"]
     assert gone
-    assert all(row["user"] is None and row["raw"] is None for row in gone)
+    assert all(row["user"] is None for row in gone)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
         ("log.csv", b"a,b\n", "not a log file"),
-        ("log.jsonl.gz", b"not gzip", "compressed data is damaged"),
-        ("log.jsonl.zst", b"not zstd", "compressed data is damaged"),
+        ("log.jsonl.gz", b"not gzip", "cannot be read to its end"),
+        ("log.jsonl.zst", b"not zstd", "cannot be read to its end"),
         ("log.parquet", b"not parquet", "not a readable Parquet file"),
     ],
 )
@@ -226,13 +229,51 @@ def test_a_file_that_is_no_log_is_named(
     assert name in str(refusal.value)
 
 
-def test_a_log_cut_short_is_refused_rather_than_half_read(tmp_path: Path, user_key: bytes) -> None:
-    import gzip
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+@pytest.mark.parametrize("missing", [3, 2000])
+def test_a_log_cut_short_is_refused_rather_than_half_read(
+    tmp_path: Path, user_key: bytes, kind: str, missing: int
+) -> None:
+    text = b"".join(b'{"event_id": "%d"}\n' % (n * 7919 % 10007) for n in range(10_000))
+    whole = gzip.compress(text) if kind == "gz" else zstandard.ZstdCompressor().compress(text)
+    (tmp_path / f"log.jsonl.{kind}").write_bytes(whole[:-missing])
+    with pytest.raises(InputError, match="cannot be read to its end"):
+        ingest(tmp_path, f"{tmp_path}/log.jsonl.{kind}")
 
-    whole = gzip.compress(b'{"event_id": 1}\n' * 5000)
-    (tmp_path / "log.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="damaged"):
-        ingest(tmp_path, f"{tmp_path}/log.jsonl.gz")
+
+def test_a_log_of_several_frames_is_read_to_its_end(tmp_path: Path, user_key: bytes) -> None:
+    frame = zstandard.ZstdCompressor().compress(b'{"event_id": "1"}\n')
+    (tmp_path / "log.jsonl.zst").write_bytes(frame * 3)
+    rows = ingest(tmp_path, f"{tmp_path}/log.jsonl.zst").artifact.manifest.rows
+    assert rows is not None
+    assert rows.rows_rejected == 3
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_one_overlong_line_costs_that_line_alone(tmp_path: Path, user_key: bytes, suffix: str) -> None:
+    text = b'{"event_id": "' + b"x" * 6_000_000 + b'"}\n' + b'{"event_id": "1"}\n' * 500
+    data = gzip.compress(text) if suffix.endswith("gz") else text
+    (tmp_path / f"log.{suffix}").write_bytes(data)
+    rows = ingest(tmp_path, f"{tmp_path}/log.{suffix}", "ingest.longest_line=1024").artifact.manifest.rows
+    assert rows is not None
+    assert rows.reasons == {"line longer than 1024 bytes": 1, "missing type": 500}
+
+
+def test_a_log_that_grows_while_it_is_read_is_refused(
+    tmp_path: Path, user_key: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"event_id": "1"}\n')
+    real = spill.parse_chunks
+
+    def parse(task: spill.ParseTask) -> list[spill.Parsed]:
+        with log.open("ab") as stream:
+            stream.write(b'{"event_id": "2"}\n')
+        return real(task)
+
+    monkeypatch.setattr(spill, "parse_chunks", parse)
+    with pytest.raises(InputError, match="changed while it was read"):
+        ingest(tmp_path, str(log))
 
 
 def test_no_logs_and_no_matching_logs_say_what_to_set(tmp_path: Path, user_key: bytes) -> None:
@@ -270,3 +311,40 @@ def test_a_parquet_log_means_the_same_as_its_lines(
     (tmp_path / "log.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     one, other = (ingest(tmp_path / kind, f"{tmp_path}/log.{kind}").artifact for kind in ("parquet", "jsonl"))
     assert conversations(one) == conversations(other)
+
+
+def test_a_parquet_log_with_nanoseconds_bytes_and_categories_is_read_as_text(tmp_path: Path, user_key: bytes) -> None:
+    import pyarrow.parquet as pq
+
+    at = pa.array([1_763_300_000_000_000_001], pa.timestamp("ns", tz="UTC"))
+    columns = {"event_id": "e", "type": "message", "conversation_id": "c", "message_id": "m", "character_id": "x"}
+    table = pa.table(
+        {name: [value] for name, value in columns.items()} | {"role": ["user"], "content": ["hi"], "at": at}
+    )
+    table = table.append_column("user_id", pa.array([b"u1"], pa.binary()))
+    table = table.set_column(5, "role", table["role"].dictionary_encode())
+    pq.write_table(table, tmp_path / "log.parquet")
+    made = ingest(tmp_path, f"{tmp_path}/log.parquet").artifact.table("conversations").read()
+    assert made["user"].to_pylist() == [ids.pseudonym("u1", user_key)]
+
+
+def test_an_impossible_year_is_refused_whatever_stands_beside_it(tmp_path: Path, user_key: bytes) -> None:
+    import json
+
+    base = {
+        "type": "message",
+        "conversation_id": "c",
+        "user_id": "u",
+        "character_id": "x",
+        "role": "user",
+        "content": "hi",
+    }
+    times = ["2026-11-16T09:00:00Z", "9999-12-31T23:59:59-12:00", "0000-01-01T00:00:00Z"]
+    lines = [json.dumps(base | {"event_id": str(n), "message_id": str(n), "at": at}) for n, at in enumerate(times)]
+    for name, chosen in {"together": lines, "apart": [*lines, lines[0].replace("2026-11-16", "soon")]}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "log.jsonl").write_text("\n".join(chosen))
+        rows = ingest(folder, f"{folder}/log.jsonl").artifact.manifest.rows
+        assert rows is not None
+        assert rows.rows_out == 1
