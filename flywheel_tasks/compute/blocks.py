@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -21,50 +22,68 @@ R = TypeVar("R")
 def map_blocks(
     fn: Callable[[B], R], blocks: Sequence[B], *, cpus: float = 1.0, gpus: float = 0.0, actors: int = 0
 ) -> Iterator[R]:
-    """`fn` over `blocks`. One block, or one core, runs right here; more go through Ray Data.
+    """`fn` over `blocks`. One block, or one core, runs right here; more go through Ray.
 
-    Starting Ray takes longer than a small block does, so callers cut blocks worth several seconds of work. With
-    `actors`, that many workers stay up for all blocks, so what `fn` caches in its process (a model) is loaded once in
-    each; `cpus` and `gpus` are what one worker holds.
+    Starting Ray takes longer than a small block does, so callers cut blocks worth several seconds of work. Plain blocks
+    are Ray tasks. With `actors` they go through a Ray Data actor pool of that size, whose workers stay up for all
+    blocks, so what `fn` caches in its process (a model) is loaded once in each. `cpus` and `gpus` are one worker's.
     """
     if len(blocks) <= 1 or (session.cpus() < 2 and not os.environ.get("RAY_ADDRESS")):
         yield from map(fn, blocks)
         return
-    yield from _through_ray(fn, list(blocks), cpus, gpus, actors)
-
-
-def _through_ray(fn: Callable[[B], R], blocks: list[B], cpus: float, gpus: float, actors: int) -> Iterator[R]:
-    session.ensure()
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-    def one(row: dict[str, int]) -> dict[str, object]:
-        try:
-            return {"result": fn(blocks[row["item"]])}
-        except FlywheelError as error:  # travels as a value, or Ray would wrap it in pages of its own
-            return {"result": None, "failure": error}
-
-    class Worker:
-        def __call__(self, row: dict[str, int]) -> dict[str, object]:
-            return one(row)
-
-    dataset = ray.data.from_items(list(range(len(blocks))), override_num_blocks=len(blocks))
-    # Airflow alone retries, with a fresh attempt: a task that Ray ran again would trip over its own files.
-    workers: Any = {"fn": one, "max_retries": 0}
-    if actors:
-        pool = ray.data.ActorPoolStrategy(size=actors)
-        workers = {"fn": Worker, "compute": pool, "max_restarts": 0, "max_task_retries": 0}
+    ray = session.ensure()
+    outcomes = _actor_pool(fn, blocks, cpus, gpus, actors) if actors else _tasks(fn, blocks, cpus, gpus)
     try:
-        for row in dataset.map(**workers, num_cpus=cpus, num_gpus=gpus).iter_rows():
-            if row.get("failure") is not None:
-                raise row["failure"]
-            yield row["result"]
+        for result, failure in outcomes:
+            if failure is not None:
+                raise failure
+            yield result
     except ray.exceptions.RayError as error:
         last = str(error).strip().splitlines()[0][:300]
         raise FlywheelError(
             f"a worker failed ({last}): see its log; if it ran out of memory, use smaller blocks"
         ) from error
+
+
+def _guarded(fn: Callable[[B], R], block: B) -> tuple[R | None, FlywheelError | None]:
+    """What is meant for people travels as a value: raised in a worker, Ray would wrap it in pages of its own."""
+    try:
+        return fn(block), None
+    except FlywheelError as error:
+        return None, error
+
+
+def _tasks(fn: Callable[[B], R], blocks: Sequence[B], cpus: float, gpus: float) -> Iterator[Any]:
+    """Ray tasks, a bounded number ahead of the reader. Ray Data would add two resident processes and seconds of
+    start-up to move descriptions of a few hundred bytes."""
+    import ray
+
+    # Airflow alone retries, with a fresh attempt: a task that Ray ran again would trip over its own files.
+    task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=gpus)(_guarded)
+    ahead = max(2 * int(ray.cluster_resources().get("CPU", 1) / max(cpus, 0.1)), 2)
+    running: deque[Any] = deque()
+    for block in blocks:
+        running.append(task.remote(fn, block))
+        if len(running) >= ahead:
+            yield ray.get(running.popleft())
+    while running:
+        yield ray.get(running.popleft())
+
+
+def _actor_pool(fn: Callable[[B], R], blocks: Sequence[B], cpus: float, gpus: float, actors: int) -> Iterator[Any]:
+    import ray.data
+
+    shipped = list(blocks)
+
+    class Worker:
+        def __call__(self, row: dict[str, int]) -> dict[str, object]:
+            return {"outcome": _guarded(fn, shipped[row["item"]])}
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    dataset = ray.data.from_items(list(range(len(shipped))), override_num_blocks=len(shipped))
+    pool = ray.data.ActorPoolStrategy(size=actors)
+    for row in dataset.map(Worker, compute=pool, num_cpus=cpus, num_gpus=gpus, max_restarts=0).iter_rows():
+        yield row["outcome"]

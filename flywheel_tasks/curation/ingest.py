@@ -39,7 +39,7 @@ class IngestConfig(StageConfig):
     eval_share: float = Field(0.1, ge=0, lt=1, description="share of conversations held out for evaluation, by hash")
     longest_line: int = Field(4 << 20, ge=1024, description="a log line of more bytes is quarantined")
     chunk_bytes: int = Field(64 << 20, ge=1 << 10, description="bytes of log parsed by one task")
-    bucket_bytes: int = Field(48 << 20, ge=1 << 12, description="bytes of log, about, assembled by one task")
+    bucket_bytes: int = Field(24 << 20, ge=1 << 12, description="bytes of log, about, assembled by one task")
 
     @field_validator("logs", mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.manifest import SourceRecord
 from flywheel_tasks.core.storage import open_external
 
-_BLOCK = 4 << 20
+_BLOCK = 2 << 20
 _PARQUET_ROWS = 1 << 15
 _EXPANSION = {"gz": 6, "zst": 6, "parquet": 4}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")

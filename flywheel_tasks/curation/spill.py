@@ -23,8 +23,8 @@ from flywheel_tasks.curation.assemble import SPILLED
 
 REFUSED = pa.schema([("line", pa.int64()), ("reason", pa.string()), ("user", pa.string())])
 FORGOTTEN = "user asked to be forgotten"
-_SPILL_ROWS = 150_000
-_SPILL_BYTES = 128 << 20
+_SPILL_ROWS = 60_000
+_SPILL_BYTES = 64 << 20
 
 Refused = Sequence[tuple[int, str, bytes]]
 
@@ -206,7 +206,7 @@ class _Spiller:
     def _refuse(self, line: int, reason: str, user: str | None) -> None:
         self._refused.append({"line": line, "reason": reason, "user": user})
         self._refusals += 1
-        if len(self._refused) >= _SPILL_ROWS // 10:
+        if len(self._refused) >= _SPILL_ROWS // 4:
             self._spill_refused()
 
     def _spill(self) -> None:
