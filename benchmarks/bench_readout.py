@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from benchmarks.harness import Contender, Report, compare
 
 FIRST_DAY = "2026-11-02"
+AS_OF = dt.date(2026, 11, 9)
 
 
 def main(quick: bool = False) -> list[Report]:
@@ -82,7 +84,10 @@ def write(units: int, folder: str) -> None:
     if writer:
         writer.close()
     write_layout(
-        [Part(f"{path}/exposures.parquet")], [Part(f"{path}/activity.parquet")], ReadoutConfig(), path / "layout"
+        [Part(f"{path}/exposures.parquet")],
+        [Part(f"{path}/activity.parquet")],
+        ReadoutConfig(as_of=AS_OF),
+        path / "layout",
     )
 
 

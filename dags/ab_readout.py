@@ -1,4 +1,9 @@
-"""The daily reading of the running A/B test, for the week that yesterday belongs to."""
+"""The daily reading of the running A/B test, for the week that yesterday belongs to.
+
+Each run tells the readout that yesterday is the last complete day, so an experiment closes on the first run after its
+window whose activity covers it: that of the cycle's ingest, or files that a platform delivers every day
+(`readout.activity`). Until then it is `running`.
+"""
 
 from __future__ import annotations
 
@@ -23,4 +28,4 @@ with DAG(
     default_args={"owner": "flywheel", "retries": 2, "retry_delay": timedelta(seconds=30)},
     tags=["flywheel", "daily"],
 ) as dag:
-    build(dag, daily, settled_days=1)
+    build(dag, daily, settled_days=1, as_of="readout.as_of")

@@ -22,7 +22,7 @@ from flywheel_tasks.core.stage import PHASES, Stage
 
 CYCLE = r"^(\d{4}-W(0[1-9]|[1-4]\d|5[0-3]))?$"
 OVERRIDE = r"^[A-Za-z][\w-]*(\.[\w-]+)*="
-MANIFEST_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\x00-\x1f]+")
+MANIFEST_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\x00-\x1f]+/manifest\.json")
 
 
 class StageOperator(BaseOperator):
@@ -32,12 +32,15 @@ class StageOperator(BaseOperator):
     one element of an argument list.
     """
 
-    def __init__(self, *, stage: Stage, upstream: Sequence[str], settled_days: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, *, stage: Stage, upstream: Sequence[str], settled_days: int = 0, as_of: str = "", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.stage_name = stage.name
         self.uses_user_key = stage.uses_user_key
         self.upstream_stages = list(upstream)
         self.settled_days = settled_days
+        self.as_of = as_of if as_of.partition(".")[0] == stage.name else ""
 
     def execute(self, context: Mapping[str, Any]) -> str:
         params, ti = context["params"], context["ti"]
@@ -47,7 +50,9 @@ class StageOperator(BaseOperator):
             )
         found = {stage: ti.xcom_pull(task_ids=stage) for stage in self.upstream_stages}
         cycle = params["cycle"] or self.derived_cycle(context)
-        uri = self.launch(stage_arguments(self.stage_name, cycle, params, found), context)
+        settings = [*self.derived_settings(context), *(params.get("overrides") or ())]
+        arguments = stage_arguments(self.stage_name, cycle, {**params, "overrides": settings}, found)
+        uri = self.launch(arguments, context)
         if not MANIFEST_URI.fullmatch(uri):
             raise AirflowFailException(
                 f"{self.stage_name} ended without printing its manifest's URI (got {uri[:200]!r})"
@@ -57,9 +62,16 @@ class StageOperator(BaseOperator):
 
     def derived_cycle(self, context: Mapping[str, Any]) -> str:
         """The ISO week of the last day that is complete enough for this DAG when the run is due."""
+        return cycle_of(self.last_settled(context))
+
+    def derived_settings(self, context: Mapping[str, Any]) -> list[str]:
+        """The day before which data is complete; what a person typed comes after it and wins."""
+        return [f"{self.as_of}={self.last_settled(context) + timedelta(days=1)}"] if self.as_of else []
+
+    def last_settled(self, context: Mapping[str, Any]) -> date:
         run = context["dag_run"]
         due = run.logical_date or run.run_after
-        return cycle_of(date(due.year, due.month, due.day) - timedelta(days=self.settled_days))
+        return date(due.year, due.month, due.day) - timedelta(days=self.settled_days)
 
     @staticmethod
     def placement(stage: Stage) -> dict[str, Any]:
@@ -82,8 +94,11 @@ def stage_arguments(stage: str, cycle: str, params: Mapping[str, Any], upstream:
     return arguments
 
 
-def build(dag: DAG, stages: Sequence[Stage], *, settled_days: int = 0) -> None:
-    """Fill a DAG with one task per stage: groups are the phases, edges are the declared inputs."""
+def build(dag: DAG, stages: Sequence[Stage], *, settled_days: int = 0, as_of: str = "") -> None:
+    """Fill a DAG with one task per stage: groups are the phases, edges are the declared inputs.
+
+    `as_of` is the setting that takes the day after the last one that is settled when a run is due.
+    """
     launcher = importlib.import_module(f"launch_{os.environ.get('FLYWHEEL_LAUNCHER', 'local')}").Launcher
     edges = {stage.name: upstream_in(stage, stages) for stage in stages}
     tasks: dict[str, StageOperator] = {}
@@ -98,6 +113,7 @@ def build(dag: DAG, stages: Sequence[Stage], *, settled_days: int = 0) -> None:
                     stage=stage,
                     upstream=edges[stage.name],
                     settled_days=settled_days,
+                    as_of=as_of,
                     doc_md=documentation(stage),
                     # A skipped stage does not stop the loop; a failed one does.
                     trigger_rule="none_failed",

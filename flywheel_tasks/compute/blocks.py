@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -17,6 +18,10 @@ from flywheel_tasks.core.errors import FlywheelError
 
 B = TypeVar("B")
 R = TypeVar("R")
+
+_STOP_SECONDS = 10
+_LAST_WRITE_SECONDS = 0.5
+"""A cancelled task counts as ended a moment before its process is gone."""
 
 
 def map_blocks(
@@ -62,12 +67,26 @@ def _tasks(fn: Callable[[B], R], blocks: Sequence[B], cpus: float, gpus: float) 
     task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=gpus)(_guarded)
     ahead = max(2 * int(ray.cluster_resources().get("CPU", 1) / max(cpus, 0.1)), 2)
     running: deque[Any] = deque()
-    for block in blocks:
-        running.append(task.remote(fn, block))
-        if len(running) >= ahead:
-            yield ray.get(running.popleft())
-    while running:
-        yield ray.get(running.popleft())
+    try:
+        for block in blocks:
+            running.append(task.remote(fn, block))
+            if len(running) >= ahead:
+                yield ray.get(running[0])
+                running.popleft()
+        while running:
+            yield ray.get(running[0])
+            running.popleft()
+    finally:
+        _stop(ray, list(running))
+
+
+def _stop(ray: Any, running: list[Any]) -> None:
+    """End what still runs and wait for it: a cancelled stage removes its files, and nothing may write them again."""
+    for reference in running:
+        ray.cancel(reference, force=True)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=_STOP_SECONDS)
+        time.sleep(_LAST_WRITE_SECONDS)
 
 
 def _actor_pool(fn: Callable[[B], R], blocks: Sequence[B], cpus: float, gpus: float, actors: int) -> Iterator[Any]:

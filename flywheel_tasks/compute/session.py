@@ -12,7 +12,7 @@ from typing import Any
 
 _OBJECT_STORE_BYTES = 256 << 20
 _LEAN = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"}
-"""For the workers of a small machine: give memory back instead of keeping pools; measured: a fifth less memory in all."""
+"""For the workers of a small machine: give memory back instead of keeping pools; a fifth less in all, measured."""
 
 
 def cpus() -> int:

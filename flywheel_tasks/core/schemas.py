@@ -75,6 +75,9 @@ PROMPT = pa.schema(
     )
 )
 EXPOSURE = pa.schema(_fields("experiment unit_id arm exposed_at", {"exposed_at": TIMESTAMP}))
+"""What a readout needs of any exposure log."""
+EXPOSURE_LOG = EXPOSURE.append(pa.field("locale", STRING))
+"""The store's own log, which also says where a unit was at its first exposure."""
 ACTIVITY = pa.schema(_fields("unit_id day sends", {"day": pa.date32(), "sends": pa.int64()}))
 QUARANTINE = pa.schema(_fields("row_id reason where user? raw?"))
 """Every rejected row of a stage: `where` is file:line or input:row, `raw` its text where keeping it is harmless."""
@@ -84,7 +87,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "character": CHARACTER,
     "conversation": CONVERSATION,
     "prompt": PROMPT,
-    "exposure": EXPOSURE,
+    "exposure": EXPOSURE_LOG,
     "activity": ACTIVITY,
     "quarantine": QUARANTINE,
 }

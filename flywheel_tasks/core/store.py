@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from flywheel_tasks.core import ids, manifest, schemas, tables
-from flywheel_tasks.core.errors import CorruptArtifact, InputError
+from flywheel_tasks.core.errors import CorruptArtifact, FlywheelError, InputError
 from flywheel_tasks.core.manifest import InputRecord, Manifest, SourceRecord
 from flywheel_tasks.core.storage import Storage, digest_stream, open_external
 
@@ -154,7 +156,13 @@ class Store:
         return winner, won
 
     def discard(self, stage: str, key: str, attempt: str) -> None:
-        self.storage.delete_folder(f"{manifest.artifact_folder(stage, key)}/{ids.name(attempt, 'attempt')}")
+        """Remove an attempt's files; a worker on its way out may add one while they go."""
+        folder = f"{manifest.artifact_folder(stage, key)}/{ids.name(attempt, 'attempt')}"
+        for _ in range(4):
+            with suppress(FlywheelError, FileNotFoundError):
+                return self.storage.delete_folder(folder)
+            time.sleep(0.25)
+        return self.storage.delete_folder(folder)
 
     def point(self, cycle: str, record: Manifest) -> None:
         """Record that this cycle's stage gave this artifact."""

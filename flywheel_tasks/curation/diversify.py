@@ -51,7 +51,11 @@ class DiversifyConfig(StageConfig):
         le=16_384,
         description="most prompts compared with each other at once; memory grows with its square",
     )
+    embed_actors: int = Field(
+        2, ge=1, description="embedding workers, each with the encoder", json_schema_extra=Operational
+    )
     embed_cpus: float = Field(1, gt=0, description="cores per embedding worker", json_schema_extra=Operational)
+    embed_gpus: float = Field(0, ge=0, description="GPUs per embedding worker", json_schema_extra=Operational)
     jtbd: tuple[str, ...] = Field(
         (), description="YAML files of prototype utterances per job to be done (none: the package's own)"
     )
@@ -75,7 +79,11 @@ def run(inputs: Inputs, config: DiversifyConfig, out: Output) -> None:
     source = inputs["prompts"]
     with TemporaryDirectory(prefix="flywheel-") as scratch:
         indexed = map_blocks(
-            partial(corpus.index_block, spec=spec, rule=rule), corpus.blocks(source), cpus=config.embed_cpus
+            partial(corpus.index_block, spec=spec, rule=rule),
+            corpus.blocks(source),
+            cpus=config.embed_cpus,
+            gpus=config.embed_gpus,
+            actors=config.embed_actors,
         )
         prompts = corpus.merge(indexed, Path(scratch) / "vectors")
         job = jtbd.classify(prompts.vectors, jobs, config.jtbd_floor)
@@ -225,6 +233,7 @@ STAGE = Stage(
     config=DiversifyConfig,
     run=run,
     sources=("jtbd",),
+    models=("encoder",),
     resources=Resources(cpus=2, memory_gib=6),
     data=("curation/jtbd.yaml",),
 )

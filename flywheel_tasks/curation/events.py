@@ -39,10 +39,8 @@ _DECODER = msgspec.json.Decoder(Event)
 _FIELD = re.compile(r" - at `\$(?:\[\d+\])?\.?(\w*)`")
 _IDS = ("event_id", "conversation_id", "message_id", "user_id", "character_id")
 _LONGEST_ID = 256
-_FIRST_MOMENT, _LAST_MOMENT = (
-    pa.scalar(moment.replace(tzinfo=datetime.UTC), pa.timestamp("us", tz="UTC"))
-    for moment in (datetime.datetime.min, datetime.datetime.max)
-)
+_EPOCH, _MICROSECOND = datetime.datetime(1970, 1, 1), datetime.timedelta(microseconds=1)
+_FIRST_MOMENT, _LAST_MOMENT = ((m - _EPOCH) // _MICROSECOND for m in (datetime.datetime.min, datetime.datetime.max))
 _REQUIRED = (("message", "role"), ("message", "content"), ("reaction", "reaction"), ("feedback", "content"))
 
 
@@ -136,7 +134,8 @@ def _timestamps(texts: list[str]) -> pa.Array:
         moments = pa.array(texts, pa.string()).cast(utc)
     except pa.ArrowInvalid:
         return pa.array([_timestamp(text) for text in texts], utc)
-    real = pc.and_(pc.greater_equal(moments, _FIRST_MOMENT), pc.less_equal(moments, _LAST_MOMENT))
+    since = pc.cast(moments, pa.int64())
+    real = pc.and_(pc.greater_equal(since, _FIRST_MOMENT), pc.less_equal(since, _LAST_MOMENT))
     return pc.if_else(real, moments, pa.scalar(None, utc))
 
 

@@ -35,9 +35,9 @@ class FilterConfig(StageConfig):
     language: LanguageConfig = Field(LanguageConfig(), description="language and code-mixing")
     prompts: PromptConfig = Field(PromptConfig(), description="how conversations are cut into prompts")
     most_unjudged: float = Field(
-        1.0, ge=0, le=1,
-        description="stop, and write nothing, when a larger share of conversations was rejected for classifier_error; "
-        "below 1 an outage of the guard model fails the stage instead of giving a small artifact",
+        0.05, ge=0, le=1,
+        description="stop, and write nothing, when a larger share of conversations was rejected for classifier_error: "
+        "an outage of the guard model fails the stage instead of giving a small artifact (1: never stop)",
     )  # fmt: skip
     block_rows: int = Field(
         16384, ge=1, description="conversations cleaned and written by one task", json_schema_extra=Operational
@@ -214,5 +214,6 @@ STAGE = Stage(
     config=FilterConfig,
     run=run,
     resources=Resources(cpus=2, memory_gib=4),
+    models=("safety.weights", "safety.guard_model", "privacy.token_model"),
     data=("curation/weights",),
 )

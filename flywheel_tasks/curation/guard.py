@@ -7,16 +7,20 @@ The guard's own chat template turns a conversation into its prompt and judges th
 import json
 import os
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from flywheel_tasks.core.errors import ConfigError
-from flywheel_tasks.curation.safety import Classifier, FloatArray, SafetyConfig, Turns
+from flywheel_tasks.curation.safety import SAFE_SHARE, Classifier, FloatArray, SafetyConfig, Turns
 
 Message = dict[str, str]
 _ANSWER = re.compile(r"\s*(?:safe\s*|unsafe\s*\n\s*(?P<codes>[A-Za-z]\w*(?:\s*,\s*[A-Za-z]\w*)*)\s*|unsafe\s*)")
@@ -25,12 +29,21 @@ _LONGEST_ANSWER = 1 << 20
 
 
 def messages(turns: Turns, context: int) -> list[list[Message]]:
-    """For every turn, the conversation that ends with it, at most `context` turns of it."""
+    """For every turn, the conversation that ends with it, of at most `context` turns."""
     content, role = turns.content.to_pylist(), turns.role.to_pylist()
-    return [
-        [{"role": role[i], "content": content[i]} for i in range(max(int(turns.first[at]), at - context + 1), at + 1)]
-        for at in range(len(content))
+    said = [Message(role=r, content=c) for r, c in zip(role, content, strict=True)]
+    return [_alternating(said[max(int(turns.first[at]), at - context + 1) : at + 1]) for at in range(len(said))]
+
+
+def _alternating(said: Sequence[Message]) -> list[Message]:
+    """User and assistant by turns, the user first: the chat templates of guard models refuse anything else."""
+    joined = [
+        Message(role=role, content="\n\n".join(turn["content"] for turn in turns))
+        for role, turns in groupby(said, itemgetter("role"))
     ]
+    if joined[0]["role"] == "user":
+        return joined
+    return joined[1:] or [Message(role="user", content=""), *joined]
 
 
 def verdict(answer: str, allowed: Sequence[str] = ()) -> float:
@@ -52,17 +65,25 @@ def over_http(config: SafetyConfig) -> Classifier:
         headers["Authorization"] = f"Bearer {key}"
     pool = ThreadPoolExecutor(config.guard_parallel, thread_name_prefix="guard")
 
-    def ask(conversation: list[Message]) -> float:
+    def ask(conversation: list[Message], deadline: float) -> float:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return float("nan")
         body = {"model": config.guard_model, "messages": conversation, "temperature": 0, "max_tokens": _ANSWER_TOKENS}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310 - scheme checked by SafetyConfig
         try:
-            with urllib.request.urlopen(request, timeout=config.request_timeout_s) as reply:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=min(left, config.request_timeout_s)) as reply:  # noqa: S310
                 answer = json.loads(reply.read(_LONGEST_ANSWER))["choices"][0]["message"]["content"]
             return verdict(answer, config.guard_allowed)
         except (OSError, ValueError, KeyError, IndexError, TypeError, urllib.error.URLError):
             return float("nan")
 
-    return lambda turns: np.array(list(pool.map(ask, messages(turns, config.guard_context))), np.float64)
+    def classify(turns: Turns) -> FloatArray:
+        # What still waits at the deadline answers at once: no request of a batch that is given up delays the next one.
+        asked = partial(ask, deadline=time.monotonic() + SAFE_SHARE * config.timeout_s)
+        return np.array(list(pool.map(asked, messages(turns, config.guard_context))), np.float64)
+
+    return classify
 
 
 def in_process(config: SafetyConfig) -> Classifier:

@@ -1,12 +1,13 @@
 """Rule-based recognizers of high-risk identifiers (Sec. 2.6): pattern, then check digit or shape, then span.
 
-Every pattern is anchored or possessive, so that no text makes it backtrack: time is linear in the length of the text.
-They read folded text (normalise.py).
+A failed match must not be tried again from inside the run it failed on, or time is quadratic: runs are possessive or of
+bounded length, and what may not follow one is looked at in Python. They read folded text (normalise.py).
 """
 
 import ipaddress
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from flywheel_tasks.curation.checksums import IBAN_LENGTHS, card_network, luhn, mod97, verhoeff
@@ -18,6 +19,8 @@ class Span(NamedTuple):
     start: int
     end: int
     entity: str
+    inside: tuple[str, ...] = ()
+    """Of a merged span: every entity found in it, in order of precedence."""
 
 
 Recognizer = Callable[[str], Iterator[Span]]
@@ -31,7 +34,7 @@ _DOT: Final = (
     rf"(?:{_S}[\[({{<]{_S}(?:dot|punto|\.){_S}[\])}}>]{_S}|\s{{1,3}}(?:dot|punto)\s{{1,3}}|\s{{0,2}}\.\s{{0,2}})"
 )
 _LOCAL: Final = r"(?<![\w.+%'-])[\w.+%'-]++"
-_EMAIL = re.compile(rf"{_LOCAL}@(?:[\w-]++\.)++[^\W\d_]{{2,24}}(?![\w-])", re.I)
+_EMAIL = re.compile(rf"{_LOCAL}@(?:[\w-]++\.)+[^\W\d_]{{2,24}}(?![\w-])", re.I)
 _SIGN = re.compile(_AT, re.I)
 _HIDDEN_HOST = re.compile(rf"(?P<first>[\w-]{{1,63}}+)(?P<rest>(?:{_DOT}[\w-]{{1,24}}){{1,4}}?)(?![\w-])", re.I)
 _HIDDEN_LOCAL = re.compile(
@@ -76,7 +79,7 @@ _DOMAIN = re.compile(
 )
 _OPEN_TLD = frozenset(("com", "net", "org", "edu", "gov", "io", "info", "biz", "xyz", "co.uk", "co.in", "com.br"))
 _SECRET = re.compile(
-    r"[?&;#/](?:[\w-]*(?:token|secret|passw|pwd|auth|session|sess_?id|api_?key|signature|credential|otp|invite|reset)[\w-]*"
+    r"[?&;#/](?:[\w-]*(?:token|secret|passw|pwd|auth|session|sess_?id|api_?key|signature|credential|otp|invite|reset)[\w-]*+"
     r"|key|sig|code|sid)[=/][^&\s]{4,}"
     r"|//[^/\s@]{1,128}:[^/\s@]{1,128}@",
     re.I,
@@ -126,7 +129,8 @@ def ips(text: str) -> Iterator[Span]:
             yield Span(match.start(), match.start() + len(match.group()), "IP")
 
 
-_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=(?:[ -]?[A-Za-z0-9]){11})")
+_SEPARATOR: Final = r"[\s.,/_-]{1,3}"
+_IBAN = re.compile(rf"(?<![A-Za-z0-9])[A-Za-z]{{2}}\d{{2}}(?=(?:(?:{_SEPARATOR})?[A-Za-z0-9]){{11}})")
 
 
 def ibans(text: str) -> Iterator[Span]:
@@ -135,14 +139,18 @@ def ibans(text: str) -> Iterator[Span]:
         length = IBAN_LENGTHS.get(match.group()[:2].upper())
         if length is None:
             continue
-        body = re.compile(rf"(?:[A-Za-z0-9][ -]?){{{length - 1}}}[A-Za-z0-9](?![A-Za-z0-9])").match(text, match.start())
-        if body and mod97(re.sub(r"[ -]", "", body.group()).upper()):
+        body = re.compile(rf"(?:[A-Za-z0-9](?:{_SEPARATOR})?+){{{length - 1}}}[A-Za-z0-9](?![A-Za-z0-9])").match(
+            text, match.start()
+        )
+        if body and mod97(re.sub(_SEPARATOR, "", body.group()).upper()):
             yield Span(match.start(), body.end(), "IBAN")
 
 
-_RUN = re.compile(r"(?<!\d)(?<!\d\.)\d++(?:[ .-]\d++)*+")
+_RUN = re.compile(rf"(?<!\d)(?<!\d\.)\d++(?:{_SEPARATOR}\d++)*+")
 _GROUP = re.compile(r"\d++")
-_CARD_START = re.compile(r"[2-6]|1[ .-]?8|8[ .-]?1")
+_CARD_START = re.compile(rf"[2-6]|1(?:{_SEPARATOR})?8|8(?:{_SEPARATOR})?1")
+_CARD_LAYOUTS: Final = ((), (4, 4, 4), (4, 6), (4, 4, 4, 4))
+"""Sizes of the groups of a printed card, but the last."""
 
 
 def cards(text: str) -> Iterator[Span]:
@@ -171,10 +179,15 @@ def _is_card(digits: str) -> bool:
 
 
 def _grouped(text: str, groups: list[tuple[int, int]]) -> bool:
-    """Cards are written in groups of three or more, or digit by digit, with one kind of separator."""
-    sizes = [end - start for start, end in groups]
-    separators = {text[end] for _, end in groups[:-1]}
-    return len(separators) <= 1 and (min(sizes[:-1], default=3) >= 3 or max(sizes) == 1)
+    """Cards are written digit by digit or in groups of three or more, with one kind of separator; one that also parts
+    the numbers of a list (a comma, a new line, two marks) stands only between the groups of a printed card."""
+    sizes = tuple(end - start for start, end in groups)
+    separators = {text[end:start] for (_, end), (start, _) in pairwise(groups)}
+    if len({"".join(separator.split()) for separator in separators}) > 1:
+        return False
+    if max(sizes) == 1 or sizes[:-1] in _CARD_LAYOUTS:
+        return True
+    return min(sizes[:-1]) >= 3 and len(separators) == 1 and separators <= {" ", ".", "-"}
 
 
 _SSN = re.compile(r"(?<![\d-])(?!000|666)\d{3}(?P<sep>[ .-])(?!00)\d{2}(?P=sep)(?!0000)\d{4}(?![\d-])")
@@ -205,8 +218,8 @@ def aadhaars(text: str) -> Iterator[Span]:
 
 
 _PHONE = re.compile(
-    r"(?<![\w.@/:$€£₹#=-])(?:\+\s?|00)?\(?\d++(?:[ .\-/()]{1,3}\d++)*+(?:\s?(?:x|ext\.?|extension)\s?\d{1,6})?"
-    r"(?![\d:%])",
+    r"(?<![\w.@/:$€£₹#=-])(?:\+\s?|00)?\(?\d++(?:[ .\-/()]{1,3}\d++)*+"
+    r"(?P<extension>\s?(?:x|ext\.?|extension)\s?\d{1,6}(?![\d:%]))?",
     re.I,
 )
 _PHONE_CONTEXT = re.compile(
@@ -225,13 +238,15 @@ _DATE = re.compile(
 )
 _DOI = re.compile(r"10\.\d{4,5}/")
 WORD_DIGIT: Final = r"(?:zero|oh|one|two|three|four|five|six|seven|eight|nine)"
-_SPELLED = re.compile(rf"(?<!\w){WORD_DIGIT}(?:[\s,.-]{{1,3}}(?:double\s|triple\s)?{WORD_DIGIT}){{6,}}+(?!\w)", re.I)
+_SPELLED = re.compile(rf"(?<!\w){WORD_DIGIT}(?:[\s,.-]{{1,3}}(?:double\s|triple\s)?{WORD_DIGIT}(?!\w)){{6,}}+", re.I)
 _PAIRS = frozenset({(3, 4), (4, 4), (3, 7), (3, 8), (4, 6), (4, 7), (5, 5), (5, 6), (2, 7), (2, 8)})
 
 
 def phones(text: str) -> Iterator[Span]:
     """Telephone numbers by their shape, plain ones by length or by a word before them; also digits spelled as words."""
     for match in _PHONE.finditer(text):
+        if match["extension"] is None and text.startswith((":", "%"), match.end()):
+            continue
         start, end = _trim(text, match.start(), match.end())
         if start < end and _is_phone(text, start, end):
             yield Span(start, end, "PHONE")
@@ -284,16 +299,16 @@ STREET_SUFFIX: Final = (
 )
 STREET_UNIT: Final = r"(?:apt|apartment|suite|ste|flat|unit|po\s?box|p\.o\.\s?box|box|psc|floor)"
 _STREET = re.compile(
-    rf"(?<![\w.])\d{{1,6}}[a-z]?,?(?P<name>(?:\s+[^\W\d_][\w'\u2019.-]{{0,30}}){{1,4}}?)\s+(?P<suffix>{STREET_SUFFIX})\b\.?"
-    rf"(?:,?\s+{STREET_UNIT}\.?\s*#?\d{{1,6}}[a-z]?\b)?",
+    rf"(?<![\w.])\d{{1,6}}[a-z]?,?(?P<name>(?:\s++[^\W\d_][\w'\u2019.-]{{0,30}}){{1,4}}?)\s++(?P<suffix>{STREET_SUFFIX})\b\.?"
+    rf"(?:,?\s++{STREET_UNIT}\.?\s*+#?\d{{1,6}}[a-z]?\b)?",
     re.I,
 )
 _STREET_LAST = re.compile(
     r"(?<!\w)(?:[A-ZÀ-Þ][\w'\u2019-]{1,30}(?:straße|strasse|str\.|gasse|weg|platz|gatan|vägen|vej|veien|gata|katu|tie)"
-    r"|(?:Rue|rue|Calle|calle|C/|Avenida|Av\.|Via|via|Viale|Piazza|Rua|rua|ulica|ul\.)\s+(?:[^\W\d_][\w'\u2019.-]{0,30}\s+){1,5}?"
-    r"|(?:[A-ZÀ-Þ][\w'\u2019-]{1,30}\s+){1,3}(?:utca|út|u\.|tér))\s*,?\s*\d{1,5}[a-z]?\b\.?"
+    r"|(?:Rue|rue|Calle|calle|C/|Avenida|Av\.|Via|via|Viale|Piazza|Rua|rua|ulica|ul\.)\s++(?:[^\W\d_][\w'\u2019.-]{0,30}\s++){1,5}?"
+    r"|(?:[A-ZÀ-Þ][\w'\u2019-]{1,30}\s++){1,3}(?:utca|út|u\.|tér))\s*+(?:,\s*+)?\d{1,5}[a-z]?\b\.?"
 )
-_UNIT_ALONE = re.compile(rf"(?<!\w){STREET_UNIT}\.?\s*#?\s?\d{{1,6}}[a-z]?\b", re.I)
+_UNIT_ALONE = re.compile(rf"(?<!\w){STREET_UNIT}\.?\s*+(?:#\s?)?\d{{1,6}}[a-z]?\b", re.I)
 _NOT_STREET = re.compile(
     r"the|an?|of|in|on|to|and|or|at|for|from|with|is|was|per|more|other|min(?:utes?)?|hours?|days?|weeks?|months?|years?|miles?|km"
     r"|kilometers?|meters?|feet|foot|times?|mpg|mph|old|long|short|way|st|th|nd|rd|percent|people"
@@ -317,18 +332,23 @@ def addresses(text: str) -> Iterator[Span]:
 _HANDLE = re.compile(r"(?<![\w@./])@[A-Za-z_][\w.]{1,29}(?<!\.)")
 _HANDLE_NAMED = re.compile(
     r"\b(?:insta|instagram|ig|snap|snapchat|telegram|discord|twitter|tiktok|kik|wechat|skype|username|handle)\b"
-    r"(?:\s+(?:is|id|handle|username|name|user|account)){0,3}\s*[:=-]?\s*(?P<id>[\w.]*[\d_][\w.]*(?:#\d{4})?)",
+    r"(?:\s++(?:is|id|handle|username|name|user|account)){0,3}\s*+(?:[:=-]\s*+)?(?=[\w.])",
     re.I,
 )
+_NAME = re.compile(r"[\w.]++(?:#\d{4})?")
 
 
 def handles(text: str) -> Iterator[Span]:
     """Account names: @name, or a name with a digit or underscore after the service's name."""
     for match in _HANDLE.finditer(text):
         yield Span(match.start(), match.end(), "HANDLE")
+    read = 0
     for match in _HANDLE_NAMED.finditer(text):
-        if len(match["id"]) >= 3 and not match["id"].isdigit():
-            yield Span(*match.span("id"), "HANDLE")
+        # In "ig.ig.ig." the first name holds all others: to read on from each of them would be quadratic.
+        if match.end() >= read and (name := _NAME.match(text, match.end())):
+            read = name.end()
+            if len(name.group()) >= 3 and re.search(r"[\d_]", name.group()) and not name.group().isdigit():
+                yield Span(*name.span(), "HANDLE")
 
 
 RECOGNIZERS: Final[tuple[Recognizer, ...]] = (
@@ -344,12 +364,17 @@ def find(text: str) -> list[Span]:
 
 def merge(spans: list[Span]) -> list[Span]:
     """Disjoint spans that cover the same characters; where several overlap, the first in the list names the union."""
-    merged: list[tuple[int, Span]] = []
-    for rank, span in sorted(enumerate(spans), key=lambda item: (item[1].start, item[1].end)):
-        if merged and span.start < merged[-1][1].end:
-            other_rank, other = merged[-1]
-            entity = span.entity if rank < other_rank else other.entity
-            merged[-1] = (min(rank, other_rank), Span(other.start, max(other.end, span.end), entity))
+    unions: list[list[tuple[int, Span]]] = []
+    reach = 0
+    for ranked in sorted(enumerate(spans), key=lambda item: (item[1].start, item[1].end)):
+        if unions and ranked[1].start < reach:
+            unions[-1].append(ranked)
         else:
-            merged.append((rank, span))
-    return [span for _, span in merged]
+            unions.append([ranked])
+        reach = max(reach, ranked[1].end)
+    return [_union([span for _, span in sorted(union)]) for union in unions]
+
+
+def _union(spans: list[Span]) -> Span:
+    entities = tuple(dict.fromkeys(span.entity for span in spans))
+    return Span(min(s.start for s in spans), max(s.end for s in spans), entities[0], entities)

@@ -3,7 +3,9 @@
 A batch function over Arrow strings: one scan picks the texts that could hold an identifier, the rules read those.
 """
 
+import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, Literal, NamedTuple
 
@@ -15,7 +17,7 @@ from pydantic import Field, field_validator
 
 from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.curation.candidates import candidate_rows
-from flywheel_tasks.curation.identifiers import Span, find, merge
+from flywheel_tasks.curation.identifiers import RECOGNIZERS, Span, merge
 from flywheel_tasks.curation.normalise import fold
 
 Action = Literal["mask", "drop"]
@@ -28,8 +30,8 @@ _PRESIDIO: Final = (
     "InPanRecognizer", "EsNifRecognizer", "ItFiscalCodeRecognizer", "CryptoRecognizer", "MacAddressRecognizer",
 )  # fmt: skip
 
-
-_DIGITS = re.compile(r"(?:\d\D*+){3}")
+_PRESIDIO_SIGN = re.compile(r"(?:\d\D*+){3}|(?:bc1|[13])[a-z0-9]{25}|(?:[0-9a-f]{2}[:-]){5}|(?:[0-9a-f]{4}\.){2}", re.I)
+"""What every text holds that one of these recognizers finds something in."""
 
 
 class PrivacyConfig(StageConfig):
@@ -58,7 +60,9 @@ class PrivacyConfig(StageConfig):
     token_score: float = Field(0.5, ge=0, le=1, description="least score of a token-model entity")
     device: str = Field("cpu", description="device of the token model")
     timeout_s: float = Field(
-        5.0, gt=0, description="time for presidio's patterns on one text; past it the row is rejected"
+        5.0,
+        gt=0,
+        description="time for our rules, and again for presidio's, on one text; past it the row is rejected",
     )
 
     @field_validator("policy", "token_labels")
@@ -78,25 +82,26 @@ class Scrubbed(NamedTuple):
     """The masked texts as the safety classifier reads them: without hiding characters."""
     rows: npt.NDArray[np.int64]
     entities: list[str]
-    """One entry per identifier found: its row and its entity."""
+    """One entry per mask: its row and the entity that it names."""
+    inside: list[tuple[str, ...]]
+    """Per mask, every entity found under it: a link may hold an address or a card."""
     failed: npt.NDArray[np.int64]
     """Rows on which a detector failed: they must not pass."""
 
 
 def scrub(texts: pa.StringArray, config: PrivacyConfig) -> Scrubbed:
     """Mask every identifier of a batch; nulls stay null."""
-    candidates = candidate_rows(texts)
-    if config.token_model:
-        candidates = np.arange(len(texts))
+    everything = config.token_model or not set(config.presidio) <= set(_PRESIDIO)
+    candidates = np.arange(len(texts)) if everything else candidate_rows(texts)
     detectors = _detectors(config)
     masked, folded = {}, {}
-    rows, entities, failed = [], [], []
+    rows, entities, inside, failed = [], [], [], []
     for row in candidates.tolist():
         text = texts[row].as_py()
         if text is None:
             continue
         try:
-            spans = identifiers(text, detectors)
+            spans = identifiers(text, detectors, config.timeout_s)
         except Exception:
             failed.append(row)
             continue
@@ -106,16 +111,27 @@ def scrub(texts: pa.StringArray, config: PrivacyConfig) -> Scrubbed:
             masked[row] = clean
             rows += [row] * len(spans)
             entities += [span.entity for span in spans]
+            inside += [span.inside for span in spans]
         if view != text:
             folded[row] = view
     kept = _replace(texts, masked)
-    return Scrubbed(kept, _replace(kept, folded), np.array(rows, np.int64), entities, np.array(failed, np.int64))
+    return Scrubbed(
+        kept, _replace(kept, folded), np.array(rows, np.int64), entities, inside, np.array(failed, np.int64)
+    )
 
 
-def identifiers(text: str, detectors: Sequence[Callable[[str], list[Span]]] = ()) -> list[Span]:
-    """Disjoint spans of `text` itself (not of its folded view) that hold an identifier."""
+def identifiers(
+    text: str, detectors: Sequence[Callable[[str], list[Span]]] = (), seconds: float = math.inf
+) -> list[Span]:
+    """Disjoint spans of `text` itself (not of its folded view) that hold an identifier; raises past the time."""
+    deadline = time.monotonic() + seconds
     folded = fold(text)
-    found = find(folded.text)
+    found: list[Span] = []
+    for recognize in RECOGNIZERS:
+        found += recognize(folded.text)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"a text of {len(text)} characters takes longer than {seconds:g} s")
+    # The detectors keep their own limits, after they are loaded: the first text would pay for an import of seconds.
     for detect in detectors:
         found += detect(folded.text)
     return merge([Span(*folded.span(span.start, span.end), span.entity) for span in found])
@@ -143,8 +159,9 @@ def _detectors(config: PrivacyConfig) -> list[Callable[[str], list[Span]]]:
 
 
 def _presidio(text: str, config: PrivacyConfig) -> list[Span]:
-    """Presidio is imported at the first text that has something for it: all it knows holds three digits."""
-    if not _DIGITS.search(text):
+    """Presidio is imported at the first text that may have something for it: for its recognizers that we don't know,
+    that is any text."""
+    if set(config.presidio) <= set(_PRESIDIO) and not _PRESIDIO_SIGN.search(text):
         return []
     from flywheel_tasks.curation.detectors import presidio
 

@@ -7,7 +7,7 @@ and a conversation with such a turn is rejected: it never passes unread.
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from pydantic import Field, model_validator
 from flywheel_tasks.core.config import StageConfig
 
 FloatArray = npt.NDArray[np.float64]
+
+SAFE_SHARE: Final = 0.9
+"""A guard's requests end within this share of a batch's time: its answers are in before the batch is given up."""
 
 
 class Turns(NamedTuple):
@@ -64,7 +67,11 @@ class SafetyConfig(StageConfig):
     )
     guard_parallel: int = Field(16, ge=1, le=512, description="guard-http: requests under way at once")
     request_timeout_s: float = Field(20.0, gt=0, description="guard-http: time for one request")
-    batch_turns: int = Field(4096, ge=1, description="turns per call of the classifier")
+    batch_turns: int = Field(
+        4096, ge=1,
+        description="turns per call of the classifier; guard-http takes no more than its requests, each as slow as "
+        "request_timeout_s allows, can answer within timeout_s",
+    )  # fmt: skip
     timeout_s: float = Field(
         120.0, gt=0, description="time for one batch; past it every turn of the batch counts as not judged"
     )
@@ -76,6 +83,13 @@ class SafetyConfig(StageConfig):
         if self.classifier != "linear" and not self.guard_model:
             raise ValueError(f"{self.classifier} needs guard_model")
         return self
+
+    def turns_per_call(self) -> int:
+        """A batch that the classifier can judge in time, however slow its answers."""
+        if self.classifier != "guard-http":
+            return self.batch_turns
+        rounds = int(SAFE_SHARE * self.timeout_s / self.request_timeout_s)
+        return min(self.batch_turns, self.guard_parallel * max(1, rounds))
 
 
 def judge(classifier: Classifier, turns: Turns, batch_turns: int, timeout_s: float) -> FloatArray:

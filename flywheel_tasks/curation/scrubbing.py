@@ -2,6 +2,7 @@
 
 from collections import Counter
 from typing import Final, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,7 @@ def clean(table: pa.Table, part: str, first_row: int, rules: Rules) -> Cleaned:
     turns, owner = _flat_turns(table)
     content = privacy.scrub(turns.field("content"), rules.privacy)
     feedback = privacy.scrub(turns.field("signals").field("feedback"), rules.privacy)
-    image = privacy.scrub(turns.field("image"), rules.privacy)
+    image = privacy.scrub(_decoded(turns.field("image")), rules.privacy)
     for scrubbed in (content, feedback, image):
         _reject(reason, _has(owner[scrubbed.failed], table.num_rows), CLASSIFIER_ERROR)
     for scrubbed in (content, feedback):
@@ -104,7 +105,7 @@ def _clean_turns(
     parts = [feedback.texts if f.name == "feedback" else signals.field(f.name) for f in schemas.SIGNALS]
     signals = pa.StructArray.from_arrays(parts, fields=list(schemas.SIGNALS), mask=signals.is_null())
     # An image field holds a link, often a signed one: a mask would break it, to drop the talk for it would be too much.
-    telling = [row for row, entity in zip(image.rows, image.entities, strict=True) if entity != "URL"]
+    telling = [row for row, inside in zip(image.rows, image.inside, strict=True) if set(inside) != {"URL"}]
     hidden = np.zeros(len(turns), bool)
     hidden[telling] = True
     images = pc.if_else(pa.array(hidden), None, turns.field("image"))
@@ -113,12 +114,20 @@ def _clean_turns(
     return pa.StructArray.from_arrays(parts, fields=list(schemas.LOGGED_TURN))
 
 
+def _decoded(links: pa.StringArray) -> pa.StringArray:
+    """Links as a person reads them: `jane%40example.org` is an address."""
+    if not pc.any(pc.match_substring(links, "%")).as_py():
+        return links
+    return pa.array([link and unquote(link) for link in links.to_pylist()], links.type)
+
+
 def _drop_by_policy(
     reason: npt.NDArray[np.object_], found: Scrubbed, owner: npt.NDArray[np.int64], config: PrivacyConfig
 ) -> None:
-    for row, entity in zip(found.rows.tolist(), found.entities, strict=True):
-        if config.policy.get(entity, config.default) == "drop" and reason[owner[row]] is None:
-            reason[owner[row]] = f"privacy_{entity.lower()}"
+    for row, inside in zip(found.rows.tolist(), found.inside, strict=True):
+        dropped = next((entity for entity in inside if config.policy.get(entity, config.default) == "drop"), None)
+        if dropped and reason[owner[row]] is None:
+            reason[owner[row]] = f"privacy_{dropped.lower()}"
 
 
 def _judge(
@@ -133,7 +142,7 @@ def _judge(
     at, owners = pa.array(open_turns), owner[open_turns]
     first = np.flatnonzero(np.diff(owners, prepend=-1))
     turns = Turns(text.take(at), role.take(at), np.repeat(first, np.diff(first, append=len(owners))))
-    scores = safety.judge(classifier, turns, config.batch_turns, config.timeout_s)
+    scores = safety.judge(classifier, turns, config.turns_per_call(), config.timeout_s)
     unsafe = scores >= threshold
     user = is_user[open_turns]
     for rows, why in (

@@ -68,10 +68,14 @@ def select(table: pa.Table, dimensions: list[Dimension], config: "ConstrainConfi
         size, limits, eased = _within_tolerance(pool, goal, config)
         relaxed = [*relaxed, *eased]
     take, cell, gap = _apportion(pool, replace(goal, least=size, most=size))
-    while _over(pool, cell, take, limits):
+    while over := _over(pool, cell, take, limits):
         # Whole rows may land just outside a tolerance that fractions meet: a little smaller, where there is more room.
         smaller = sizing.largest(pool.rows, pool.first_turns, cap, floor, size - 1 - size // 1000)
-        if not smaller:
+        if smaller < _enough(goal, config):
+            why = f"the nearest whole rows miss the tolerance at every size tried, down to {size}: {over}"
+            if config.on_infeasible == "stop":
+                raise InputError(f"constrain: {why}. Raise constrain.tolerance, or constrain.on_infeasible=relax")
+            relaxed = [*relaxed, f"{why}; kept"]
             break
         size = smaller
         take, cell, gap = _apportion(pool, replace(goal, least=size, most=size))
@@ -112,10 +116,11 @@ def _hard_bounds(pool: Pool, config: "ConstrainConfig") -> tuple[float, float, l
             f"constrain: there are {total} candidates and constrain.size is {config.size}, "
             f"but constrain.least_rows asks for {least}; lower it"
         )
-    clash = sizing.conflicts(pool.rows, pool.first_turns, cap, floor, least)
-    options = sizing.relaxations(pool.rows, pool.first_turns, cap, floor, least)
-    bounds = " with ".join(_named(clash, pool, cap, floor))
-    why = f"no subset of at least {least} of the {total} candidates meets {bounds}"
+    clash = sizing.conflicts(pool.rows, pool.first_turns, cap, floor, least, config.size)
+    options = sizing.relaxations(pool.rows, pool.first_turns, cap, floor, least, config.size)
+    bounds = " with ".join(_named(clash, pool, cap, floor, config.size))
+    span = f"at least {least}" if config.size is None else f"{least} to constrain.size={config.size}"
+    why = f"no subset of {span} of the {total} candidates meets {bounds}"
     if not options:
         raise InputError(
             f"constrain: {why}, and no relaxation of them would do; lower constrain.least_rows or bring more traffic"
@@ -123,8 +128,10 @@ def _hard_bounds(pool: Pool, config: "ConstrainConfig") -> tuple[float, float, l
     best = options[0]
     if config.on_infeasible == "relax":
         return best.cap, best.floor, [f"{why}; applied {_bounds(best)}"]
-    roomy = sizing.relaxations(pool.rows, pool.first_turns, cap, floor, max(least, total // 2))
-    half = f", or {_bounds(roomy[0])} for half of the candidates or more" if roomy and roomy[0].size > best.size else ""
+    many = max(least, min(total, config.size or total) // 2)
+    roomy = sizing.relaxations(pool.rows, pool.first_turns, cap, floor, many, config.size)
+    half_of = "the candidates" if config.size is None else "constrain.size"
+    half = f", or {_bounds(roomy[0])} for half of {half_of} or more" if roomy and roomy[0].size > best.size else ""
     raise InputError(
         f"constrain: {why}. Smallest relaxation: {' or '.join(map(_bounds, options))}{half}. "
         "Set these, or constrain.on_infeasible=relax to apply the smallest"
@@ -135,12 +142,14 @@ def _bounds(relaxed: sizing.Relaxation) -> str:
     return f"constrain.character_cap={relaxed.cap:g} constrain.first_turn_floor={relaxed.floor:g} ({relaxed.size} rows)"
 
 
-def _named(clash: tuple[str, ...], pool: Pool, cap: float, floor: float) -> list[str]:
+def _named(clash: tuple[str, ...], pool: Pool, cap: float, floor: float, size: int | None) -> list[str]:
     characters, first_turns = len(pool.rows), int(pool.first_turns.sum())
     needed = -int(-1 // sizing.exact(cap))
     if characters < needed:
         total = f"{characters} x {cap:.4g} = {characters * cap:.4g} < 1"
         arithmetic = f"it needs at least {needed} characters and there are {characters}: {total}"
+    elif size is not None and size < needed:
+        arithmetic = f"not one row of a character: {size} x {cap:.4g} = {size * cap:.4g} < 1"
     else:
         arithmetic = f"{characters} characters, the largest with {int(pool.rows.max())} rows"
     holders = int((pool.first_turns > 0).sum())
@@ -161,8 +170,7 @@ def _within_tolerance(pool: Pool, goal: Goal, config: "ConstrainConfig") -> tupl
     """The largest size at which every dimension is within the tolerance, and what had to be eased for there to be
     one."""
     tolerance = config.tolerance or 0.0
-    enough = max(config.least_rows, -(-goal.most // _SMALLEST_SHARE))
-    smallest = sizing.smallest(pool.rows, pool.first_turns, goal.cap, goal.floor, enough)
+    smallest = sizing.smallest(pool.rows, pool.first_turns, goal.cap, goal.floor, _enough(goal, config))
     limits = (tolerance,) * len(goal.targets)
     least = _planned(pool, replace(goal, least=smallest, most=smallest, tolerance=limits))
     excess = least.excess / (2 * smallest)
@@ -184,12 +192,23 @@ def _within_tolerance(pool: Pool, goal: Goal, config: "ConstrainConfig") -> tupl
     return _largest_planned(pool, replace(goal, least=smallest, tolerance=limits)), limits, [f"{why}; applied"]
 
 
-def _over(pool: Pool, cell: Ints, take: Ints, limits: tuple[float, ...]) -> bool:
-    """Whether any dimension is outside its limit. A limit below one row's worth can't be met by whole rows."""
+def _enough(goal: Goal, config: "ConstrainConfig") -> int:
+    return max(config.least_rows, -(-goal.most // _SMALLEST_SHARE))
+
+
+def _over(pool: Pool, cell: Ints, take: Ints, limits: tuple[float, ...]) -> str:
+    """The dimensions outside their limits, if any. A limit below one row's worth can't be met by whole rows."""
     size, example = int(take.sum()), np.zeros(len(take), dtype=np.int64)
     example[cell] = np.arange(len(cell))
-    shares = (np.bincount(d.codes[example], weights=take, minlength=len(d.values)) / size for d in pool.dimensions)
-    return any(d.distance(s) > limit + 1 / size for d, s, limit in zip(pool.dimensions, shares, limits, strict=False))
+    reached = [
+        (d, d.distance(np.bincount(d.codes[example], weights=take, minlength=len(d.values)) / size))
+        for d in pool.dimensions
+    ]
+    return ", ".join(
+        f"{d.name} {distance:.4f} of {limit:g}"
+        for (d, distance), limit in zip(reached, limits, strict=False)
+        if distance > limit + 1 / size
+    )
 
 
 def _planned(pool: Pool, goal: Goal) -> Plan:

@@ -76,21 +76,27 @@ class Relaxation:
 _GRID = 10_000
 
 
-def _smallest_cap(rows: Counts, first_turns: Counts, floor: float, least: int) -> Relaxation | None:
+def _smallest_cap(rows: Counts, first_turns: Counts, floor: float, least: int, limit: int | None) -> Relaxation | None:
     """The tightest cap, to four decimals, under which `least` rows are feasible. A looser cap only ever allows more."""
-    return _loosest(lambda cap: (cap, floor), rows, first_turns, least, ascending=True)
+    return _loosest(lambda cap: (cap, floor), rows, first_turns, least, limit, ascending=True)
 
 
-def _largest_floor(rows: Counts, first_turns: Counts, cap: float, least: int) -> Relaxation | None:
-    return _loosest(lambda floor: (cap, floor), rows, first_turns, least, ascending=False)
+def _largest_floor(rows: Counts, first_turns: Counts, cap: float, least: int, limit: int | None) -> Relaxation | None:
+    return _loosest(lambda floor: (cap, floor), rows, first_turns, least, limit, ascending=False)
 
 
 def _loosest(
-    bounds: Callable[[float], tuple[float, float]], rows: Counts, first_turns: Counts, least: int, *, ascending: bool
+    bounds: Callable[[float], tuple[float, float]],
+    rows: Counts,
+    first_turns: Counts,
+    least: int,
+    limit: int | None,
+    *,
+    ascending: bool,
 ) -> Relaxation | None:
     def tried(step: int) -> Relaxation:
         cap, floor = bounds((step if ascending else _GRID - step) / _GRID)
-        return Relaxation(cap, floor, largest(rows, first_turns, cap, floor))
+        return Relaxation(cap, floor, largest(rows, first_turns, cap, floor, limit))
 
     if tried(_GRID).size < least:
         return None
@@ -101,26 +107,30 @@ def _loosest(
     return tried(high)
 
 
-def conflicts(rows: Counts, first_turns: Counts, cap: float, floor: float, least: int) -> tuple[str, ...]:
-    """The bounds that no subset of `least` rows meets together: an irreducible set."""
-    if largest(rows, first_turns, cap, 0.0) < least:
+def conflicts(
+    rows: Counts, first_turns: Counts, cap: float, floor: float, least: int, limit: int | None = None
+) -> tuple[str, ...]:
+    """The bounds that no subset of `least` to `limit` rows meets together: an irreducible set."""
+    if largest(rows, first_turns, cap, 0.0, limit) < least:
         return ("character_cap",)
-    if largest(rows, first_turns, 1.0, floor) < least:
+    if largest(rows, first_turns, 1.0, floor, limit) < least:
         return ("first_turn_floor",)
     return ("character_cap", "first_turn_floor")
 
 
-def relaxations(rows: Counts, first_turns: Counts, cap: float, floor: float, least: int) -> list[Relaxation]:
-    """The smallest relaxations that make `least` rows feasible, least change relative to the bound first.
+def relaxations(
+    rows: Counts, first_turns: Counts, cap: float, floor: float, least: int, limit: int | None = None
+) -> list[Relaxation]:
+    """The smallest relaxations that make `least` to `limit` rows feasible, least change relative to the bound first.
 
     One bound alone where that is enough; otherwise the cap without the floor, and then as much of the floor as that
     leaves."""
     one = [
-        _smallest_cap(rows, first_turns, floor, least),
-        _largest_floor(rows, first_turns, cap, least) if floor else None,
+        _smallest_cap(rows, first_turns, floor, least, limit),
+        _largest_floor(rows, first_turns, cap, least, limit) if floor else None,
     ]
     found = [relaxed for relaxed in one if relaxed is not None]
-    if not found and (loose := _smallest_cap(rows, first_turns, 0.0, least)):
-        both = _largest_floor(rows, first_turns, loose.cap, least)
+    if not found and (loose := _smallest_cap(rows, first_turns, 0.0, least, limit)):
+        both = _largest_floor(rows, first_turns, loose.cap, least, limit)
         found = [both] if both else []
     return sorted(found, key=lambda r: abs(r.cap - cap) / cap + (abs(r.floor - floor) / floor if floor else 0.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 
 from flywheel_tasks.release.reduce import Totals, merge
 from flywheel_tasks.release.window import Window, day_of
@@ -13,7 +12,7 @@ from flywheel_tasks.stats.cuped import Arm, cuped
 from flywheel_tasks.stats.fieller import FiellerSet, fieller
 from flywheel_tasks.stats.moments import Estimate, Moments, estimate
 from flywheel_tasks.stats.multiplicity import benjamini_hochberg, holm
-from flywheel_tasks.stats.sequential import obrien_fleming
+from flywheel_tasks.stats.sequential import equal_looks, obrien_fleming
 
 PRIMARY = ("breadth", "depth")
 METRICS = (*PRIMARY, "sends_per_exposed", "active_share")
@@ -116,14 +115,25 @@ def adjust(found: Sequence[Comparison]) -> list[Comparison]:
     return out
 
 
-def novelty(arms: dict[str, Named], control: str, window: Window, alpha: float) -> list[Look]:
-    """Per day: that day's lift alone, and the lift so far against O'Brien-Fleming's boundary (eq. 9-14 by day)."""
+def novelty(
+    arms: dict[str, Named], control: str, window: Window, alpha: float, days: Sequence[int] | None = None
+) -> list[Look]:
+    """Per day: that day's lift alone, and the lift so far against O'Brien-Fleming's boundary (eq. 9-14 by day).
+
+    `days` are those that are complete while the window is open; what the others will tell is not known yet, so the
+    looks of the whole window are taken as equally spaced.
+    """
     looks = []
-    for arm in sorted(a for a in arms if a != control):
+    seen = window.kept if days is None else days
+    for arm in sorted(a for a in arms if a != control) if seen else []:
         for metric in PRIMARY:
-            pairs = [_through(arms, arm, control, metric, d, window) for d in window.kept]
-            fractions = information([_relative_variance(t, c) for t, c in pairs])
-            for d, (t, c), boundary in zip(window.kept, pairs, obrien_fleming(fractions, alpha), strict=True):
+            pairs = [_through(arms, arm, control, metric, d, window) for d in seen]
+            if days is None:
+                fractions = information([_relative_variance(t, c) for t, c in pairs])
+            else:
+                fractions = equal_looks(len(window.kept))
+            boundaries = obrien_fleming(fractions, alpha)[: len(seen)]
+            for d, (t, c), boundary in zip(seen, pairs, boundaries, strict=True):
                 z, today = z_statistic(t, c), _on_day(arms, arm, control, metric, d, alpha)
                 crossed = z is not None and abs(z) >= boundary
                 day = f"day {d + 1}" if window.relative else str(day_of(window.first + d))
@@ -159,27 +169,6 @@ def cuped_lifts(arms: dict[str, Named], control: str, window: Window, alpha: flo
     return out
 
 
-def day_problems(arms: dict[str, Named], window: Window, partial_share: float) -> tuple[list[str], list[str]]:
-    """Problems and warnings of single days: no activity in an arm, or far less than on the other days.
-
-    A day without an active unit is missing if chance could not empty it: (1 - share)^units < 1e-6, where share is
-    the arm's usual active share. A small experiment may have an empty day; it gets a warning.
-    """
-    problems: list[str] = []
-    warnings: list[str] = []
-    usual = max((median(_shares(named, window).values()) for named in arms.values() if named["sends"].n), default=0.0)
-    for arm, named in sorted(arms.items()):
-        for d, share in _shares(named, window).items():
-            units = named[f"day_active@{d}"].n
-            day = f"day {d + 1} after exposure" if window.relative else str(day_of(window.first + d))
-            if share == 0 and units:
-                missing = (1 - usual) ** units < 1e-6 or usual == 0
-                (problems if missing else warnings).append(f"{day} has no active unit in arm '{arm}'")
-            elif units * usual >= 100 and share < partial_share * usual:
-                problems.append(f"{day} has {share:.1%} active units in arm '{arm}', {usual:.1%} is usual: late data?")
-    return problems, warnings
-
-
 def active_share_warnings(found: Sequence[Comparison]) -> list[str]:
     """Depth conditions on being active, which the treatment may change (eq. 12)."""
     return [
@@ -188,12 +177,6 @@ def active_share_warnings(found: Sequence[Comparison]) -> list[str]:
         for c in found
         if c.metric == "active_share" and c.lift.significant
     ]
-
-
-def _shares(named: Named, window: Window) -> dict[int, float]:
-    """Active share per day among the units exposed by then."""
-    days = {d: named[f"day_active@{d}"] for d in window.kept}
-    return {d: m.total / m.n if m.n else 0.0 for d, m in days.items()}
 
 
 def _through(

@@ -2,7 +2,8 @@
 unit id.
 
 A layer is a partition of the traffic: experiments in one layer own disjoint slices of it and never share a unit;
-experiments in different layers are independent. Within its slice an experiment hashes with its own salt. Arm number
+experiments in different layers are independent. Within its slice an experiment hashes with a key of its own, made of
+its layer, its name and its salt, so a salt may be used twice. Arm number
 j of k starts at j/k and grows to the right, so resizing an arm never moves a unit from one arm to another.
 """
 
@@ -24,7 +25,7 @@ class Experiment(StageConfig):
     """One A/B test."""
 
     name: str = Field("", max_length=120, description="name in the exposure log (empty: release-CYCLE)")
-    salt: str = Field("", max_length=200, description="key of the arm hash (empty: the name); a new salt draws anew")
+    salt: str = Field("", max_length=200, description="part of the arm hash's key; a new one draws anew")
     arms: dict[str, float] = Field(
         {"test": 0.1, "control": 0.1},
         description="share of the slice per arm, in a fixed order; the paper gives each arm 10 %",
@@ -77,7 +78,7 @@ def assign(units: Sequence[str], experiment: Experiment) -> NDArray[np.int32]:
     """The arm of each unit as a position in `experiment.arms`; -1 for a unit outside the experiment."""
     layer = positions(units, experiment.layer, "layer")
     inside = (layer >= experiment.slice_from) & (layer < experiment.slice_to)
-    at = positions(units, experiment.salt or experiment.name, "arm")
+    at = positions(units, "\0".join((experiment.layer, experiment.name, experiment.salt)), "arm")
     k = len(experiment.arms)
     arm = np.minimum((at * k).astype(np.int32), k - 1)
     shares = np.array(list(experiment.arms.values()))

@@ -37,7 +37,7 @@ def readout(
     ] = None,
     days: Annotated[int, typer.Option(min=1, max=28, help="Days in the window.")] = 7,
     as_of: Annotated[
-        str | None, typer.Option(help="Data is complete before this day (default: the last day + 1).")
+        str | None, typer.Option(help="Data is complete before this day (default: the last day with activity).")
     ] = None,
     estimand: Annotated[
         str, typer.Option(help="calendar_window, days_since_exposure or per_user_window.")
@@ -111,8 +111,9 @@ def layout(
     ] = None,
     days: Annotated[int, typer.Option(min=1, max=28, help="Days in the window.")] = 7,
     as_of: Annotated[
-        str | None, typer.Option(help="Data is complete before this day (default: the last day + 1).")
+        str | None, typer.Option(help="Data is complete before this day (default: the last day with activity).")
     ] = None,
+    pre_days: Annotated[int, typer.Option(min=0, max=28, help="Days before the window for CUPED.")] = 0,
     time_zone: Annotated[str, typer.Option(help="Zone whose days the exposures follow.")] = "UTC",
     naive_zone: Annotated[
         str | None, typer.Option(help="Zone of exposure times without one (default: refuse them).")
@@ -132,6 +133,7 @@ def layout(
             "start": start,
             "days": days,
             "as_of": as_of,
+            "pre_days": pre_days,
             "time_zone": time_zone,
             "naive_zone": naive_zone,
         }

@@ -50,10 +50,22 @@ def first_days(activity: Iterable[pa.RecordBatch], start: dt.date | None, min_se
     return found.sort_by([("day", "ascending"), ("unit_id", "ascending")])
 
 
-def new_exposures(first: pa.Table, experiment: Experiment, known: pa.Array) -> pa.Table:
-    """Rows of the exposure log for the units that enter the experiment now; a unit already in the log stays as it
-    is."""
-    fresh = first.filter(pc.invert(pc.is_in(first.column("unit_id"), value_set=known)))
+def usual_locales(conversations: Iterable[pa.RecordBatch]) -> pa.Table:
+    """The locale of most of each user's conversations, of equals the first by name: columns user, locale."""
+    keys = ["user", "locale"]
+    counts = [pa.Table.from_batches([b]).group_by(keys).aggregate([([], "count_all")]) for b in conversations]
+    if not counts:
+        return pa.table({"user": pa.array([], pa.string()), "locale": pa.array([], pa.string())})
+    whole = pa.concat_tables(counts).group_by(keys).aggregate([("count_all", "sum")])
+    ranked = whole.sort_by([("user", "ascending"), ("count_all_sum", "descending"), ("locale", "ascending")])
+    first = ranked.group_by("user", use_threads=False).aggregate([("locale", "first")])
+    return first.rename_columns(keys)
+
+
+def new_exposures(first: pa.Table, experiment: Experiment, taken: pa.Array, locales: pa.Table) -> pa.Table:
+    """Rows of the exposure log for the units that enter the experiment now. `taken` are the units in the log of its
+    layer: those of the experiment stay as they are, those of another running one belong to that."""
+    fresh = first.filter(pc.invert(pc.is_in(first.column("unit_id"), value_set=taken)))
     arm = assign(fresh.column("unit_id").to_pylist(), experiment)
     chosen = np.flatnonzero(arm >= 0)
     rows = fresh.take(chosen)
@@ -64,8 +76,9 @@ def new_exposures(first: pa.Table, experiment: Experiment, known: pa.Array) -> p
             "unit_id": rows.column("unit_id"),
             "arm": names.take(pa.array(arm[chosen])),
             "exposed_at": rows.column("day").cast(pa.timestamp("us")).cast(schemas.TIMESTAMP),
+            "locale": locales.column("locale").take(pc.index_in(rows.column("unit_id"), locales.column("user"))),
         },
-        schema=schemas.EXPOSURE,
+        schema=schemas.EXPOSURE_LOG,
     )
 
 
@@ -83,14 +96,16 @@ def run(inputs: Inputs, config: ExposeConfig, out: Output) -> None:
     Eligible are units with activity. A unit keeps its first arm for good; an experiment that ended stays in the log.
     """
     previous = inputs.get("previous")
-    log = previous.read() if previous else schemas.EXPOSURE.empty_table()
+    log = previous.read() if previous else schemas.EXPOSURE_LOG.empty_table()
     first = first_days(inputs["activity"].batches(), config.start, config.min_sends)
     log, gone = _without(log, inputs.forgotten)
     first, _ = _without(first, inputs.forgotten)
     out.reject(gone)
 
     added, report = [], {}
-    for experiment in named(config.experiments, out.cycle):
+    locales = usual_locales(inputs["conversations"].batches(["user", "locale"]))
+    running = named(config.experiments, out.cycle)
+    for experiment in running:
         mine = log.filter(pc.equal(log.column("experiment"), experiment.name))
         strange = set(mine.column("arm").unique().to_pylist()) - set(experiment.arms)
         if strange:
@@ -98,7 +113,9 @@ def run(inputs: Inputs, config: ExposeConfig, out: Output) -> None:
                 f"experiment '{experiment.name}' has units in arm '{sorted(strange)[0]}', which the config no longer "
                 "names: keep the arm with a small share, or start an experiment under a new name"
             )
-        fresh = new_exposures(first, experiment, mine.column("unit_id").combine_chunks())
+        layer = pa.array([e.name for e in running if e.layer == experiment.layer])
+        of_layer = log.filter(pc.is_in(log.column("experiment"), value_set=layer))
+        fresh = new_exposures(first, experiment, of_layer.column("unit_id").combine_chunks(), locales)
         added.append(fresh)
         sizes = Counter(pa.concat_tables([mine, fresh]).column("arm").to_pylist())
         report[experiment.name] = {
@@ -138,6 +155,7 @@ STAGE = Stage(
     paper="Sec. 2.5.2",
     inputs={
         "activity": Input("ingest", "activity"),
+        "conversations": Input("ingest", "conversations"),
         "previous": Input("expose", "exposures", optional=True, previous=True),
     },
     outputs={"exposures": "exposure", "report": "json"},

@@ -10,15 +10,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.release.analysis import METRICS, by_arm, metric_estimate
 from flywheel_tasks.release.parts import Part, need
 from flywheel_tasks.release.population import Log, populate
-from flywheel_tasks.release.read import activity_span
 from flywheel_tasks.release.readout_config import ReadoutConfig
 from flywheel_tasks.release.reduce import reduce_cells
-from flywheel_tasks.release.scan import Scan, scan
+from flywheel_tasks.release.resolve import activity_span
+from flywheel_tasks.release.scan import Scan, check_types, scan
 from flywheel_tasks.release.units import hashed, id_words
 from flywheel_tasks.release.window import Window, day_number
 from flywheel_tasks.stats.power import minimum_detectable_lift, units_per_arm
@@ -67,7 +69,8 @@ def plan(
         raise InputError(f"share per arm must lie in (0, 0.5] and tests be at least 1, not {share:g} and {tests}")
     last = (config.as_of - dt.timedelta(1)) if config.as_of else activity_span(activity)[1]
     first = config.start or last - dt.timedelta(config.days - 1)
-    log = _everyone(activity, first)
+    last = first + dt.timedelta(config.days - 1)
+    log = _everyone(activity, first, last)
     window = Window(day_number(first), config.days, day_number(first) + config.days - 1, 0, "calendar_window")
     population = populate(log, window, "UTC")
     cells = scan(activity, Scan(population, window, config.bad_rows), config.threads or 1)
@@ -91,18 +94,24 @@ def plan(
     return Plan(str(first), str(last), seen, share, config.alpha, power, tests, found)
 
 
-def _everyone(activity: Sequence[Part], first: dt.date) -> Log:
-    """Every unit of the activity as one arm, exposed on the first day."""
+def _everyone(activity: Sequence[Part], first: dt.date, last: dt.date) -> Log:
+    """Every unit with a send from first to last as one arm, exposed on the first day: an experiment of that length
+    would expose these, not all who ever came."""
     words = []
     for part in activity:
         file = part.open()
         need(file.schema_arrow, ["unit_id", "day", "sends"], part.path)
-        for batch in file.iter_batches(1 << 19, columns=["unit_id"]):
-            found = id_words(batch.column("unit_id").drop_null())
+        check_types(file.schema_arrow, part.path)
+        for batch in file.iter_batches(1 << 19, columns=["unit_id", "day", "sends"]):
+            day = batch.column("day").cast(pa.date32())
+            there = pc.and_(pc.greater_equal(day, pa.scalar(first)), pc.less_equal(day, pa.scalar(last)))
+            there = pc.and_(there, pc.greater(batch.column("sends"), 0))
+            found = id_words(batch.column("unit_id").filter(there).drop_null())
             _, at = np.unique(hashed(found), return_index=True)
             words.append(found[at])
+    words = [w for w in words if len(w)]
     if not words:
-        raise InputError("the activity has no rows")
+        raise InputError(f"no unit is active from {first} to {last}")
     width = max(w.shape[1] for w in words)
     if any(w.shape[1] != width for w in words):
         words = [np.insert(w, w.shape[1] - 1, np.zeros((width - w.shape[1], 1), np.uint64), axis=1) for w in words]

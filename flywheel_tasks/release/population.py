@@ -9,8 +9,9 @@ from __future__ import annotations
 import datetime as dt
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.release.parts import Part, need
+from flywheel_tasks.release.stamp import exposure_rows
 from flywheel_tasks.release.units import (
     UnitTable,
     Words,
@@ -31,6 +33,8 @@ from flywheel_tasks.release.units import (
 from flywheel_tasks.release.window import Window
 
 _DAY_US = 86_400_000_000
+_EMPTY = "the exposure log has no rows"
+_MIXED_IDS = "unit_id is a string in one exposure file and an integer in another: give all the same type"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,16 @@ class Log:
     segment_values: tuple[list[str], ...]
     experiment: str
     rows: Counter[str] = field(default_factory=Counter)
+    first: int = 0
+    last: int = 0
+    """The instants of the first and the last exposure, in microseconds."""
+    offset: int = 0
+    """The row of the layout that comes first, where only a range of them was read."""
+
+    @property
+    def width(self) -> int:
+        """Words per unit id."""
+        return int(self.words.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,62 +92,159 @@ def read_log(
     segments: Sequence[str] = (),
     naive_zone: str | None = None,
     with_ids: bool = True,
+    part: tuple[int, int] = (0, 0),
+    width: int | None = None,
 ) -> Log:
-    """All exposure rows of one experiment. A layout's units are known by their row, so their ids need not be read."""
-    columns = ["experiment", "arm", "exposed_at", *segments] + ["unit_id"] * with_ids
-    names: dict[str, dict[str, int]] = {c: {} for c in ("experiment", "arm", *segments)}
-    words: list[Words] = []
-    times: list[NDArray[np.int64]] = []
-    codes: dict[str, list[NDArray[np.int32]]] = {c: [] for c in names}
-    for part in parts:
-        need(part.open().schema_arrow, columns, part.path)
-        file = part.open(columns=list(names))
-        for batch in file.iter_batches(batch_size=1 << 19, columns=columns):
-            for name in {"experiment", "arm", "exposed_at", "unit_id"} & set(columns):
-                if batch.column(name).null_count:
-                    raise InputError(
-                        f"{part.path}: column '{name}' has {batch.column(name).null_count} nulls; fill or drop them"
-                    )
-            words.append(id_words(batch.column("unit_id")) if with_ids else np.empty((batch.num_rows, 0), np.uint64))
-            times.append(microseconds(batch.column("exposed_at"), part.path, naive_zone))
-            for name, known in names.items():
-                codes[name].append(_codes(batch.column(name), known, f"{part.path}: column '{name}'"))
-    if not words:
-        raise InputError("the exposure log has no rows")
+    """The exposure rows of one experiment. A layout's units are known by their row, so their ids need not be read.
+
+    `part` = (number, bits) keeps one of 2^bits ranges: of the ids' hashes, whose `width` in words is then given, or of
+    a layout's rows.
+    """
+    reader = _Reader(parts, experiment, segments, naive_zone, with_ids, part, width)
+    batches = list(reader)
+    if not batches:
+        raise InputError(_EMPTY)
+    words, arms, times, *columns = zip(*batches, strict=True)
     if len({w.shape[1] for w in words}) > 1:
-        width = max(w.shape[1] for w in words)
-        words = [_widen(w, width) for w in words]
-    chosen = _choose(list(names["experiment"]), experiment)
-    mine = np.concatenate(codes["experiment"]) == names["experiment"][chosen]
-    whole = bool(mine.all())
-    keep = slice(None) if whole else mine
-    rows = Counter({"exposure rows": len(mine)})
-    if not whole:
-        rows["of another experiment"] = int((~mine).sum())
-    return Log(
-        np.concatenate(words)[keep],
-        np.concatenate(codes["arm"])[keep],
-        np.concatenate(times)[keep],
-        tuple(np.concatenate(codes[s])[keep] for s in segments),
-        list(names["arm"]),
-        tuple(list(names[s]) for s in segments),
-        chosen,
-        rows,
-    )
+        most = max(w.shape[1] for w in words)
+        words = tuple(_widen(w, most) for w in words)
+    codes = [_compact(np.concatenate(c), reader, name) for c, name in zip([arms, *columns], reader.texts, strict=True)]
+    return reader.head(np.concatenate(words), codes[0], np.concatenate(times), tuple(codes[1:]))
+
+
+def read_head(
+    parts: Sequence[Part], experiment: str | None, naive_zone: str | None = None, with_ids: bool = True
+) -> Log:
+    """What `read_log` knows of the whole log, without keeping a row of it."""
+    reader = _Reader(parts, experiment, (), naive_zone, with_ids)
+    widths = {words.shape[1] for words, *_ in reader}
+    if not widths:
+        raise InputError(_EMPTY)
+    if len(widths) > 1 and 1 in widths:
+        raise InputError(_MIXED_IDS)
+    nothing = np.empty(0, np.int64)
+    return reader.head(np.empty((0, max(widths)), np.uint64), nothing.astype(np.int32), nothing, ())
+
+
+class _Reader:
+    """The rows of one experiment, batch by batch: words, arm, instant, segments; and what is known at their end."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        experiment: str | None,
+        segments: Sequence[str],
+        naive_zone: str | None,
+        with_ids: bool,
+        part: tuple[int, int] = (0, 0),
+        width: int | None = None,
+    ) -> None:
+        self.parts, self.naive_zone, self.with_ids, self.width = parts, naive_zone, with_ids, width
+        self.number, self.bits = part
+        self.experiment, self.given = experiment, experiment is not None
+        self.texts = ("arm", *segments)
+        self.names: dict[str, dict[str, int]] = {name: {} for name in ("experiment", *self.texts)}
+        self.used: dict[str, set[int]] = {name: set() for name in self.texts}
+        self.first, self.last, self.others = np.iinfo(np.int64).max, np.iinfo(np.int64).min, 0
+        total = sum(p.open().metadata.num_rows for p in parts)
+        self.start, self.stop = (total * n >> self.bits for n in (self.number, self.number + 1))
+
+    def __iter__(self) -> Iterator[tuple[NDArray[Any], ...]]:
+        columns = [*self.names, "exposed_at"] + ["unit_id"] * self.with_ids
+        seen = 0
+        for part in self.parts:
+            need(part.open().schema_arrow, columns, part.path)
+            file = part.open(columns=list(self.names))
+            for batch in file.iter_batches(batch_size=1 << 19, columns=columns):
+                for name in ("experiment", "arm", "exposed_at", *["unit_id"] * self.with_ids):
+                    if batch.column(name).null_count:
+                        raise InputError(
+                            f"{part.path}: column '{name}' has {batch.column(name).null_count} nulls; fill or drop them"
+                        )
+                yield self._mine(batch, part.path, seen)
+                seen += batch.num_rows
+
+    def _mine(self, batch: pa.RecordBatch, path: str, seen: int) -> tuple[NDArray[Any], ...]:
+        codes = {n: _codes(batch.column(n), known, f"{path}: column '{n}'") for n, known in self.names.items()}
+        if self.experiment is None and batch.num_rows:
+            self.experiment = list(self.names["experiment"])[codes["experiment"][0]]
+        mine = codes["experiment"] == self.names["experiment"].get(self.experiment or "", -1)
+        others = batch.num_rows - int(np.count_nonzero(mine))
+        if others and not self.given:
+            self.experiment = choose_experiment(self.parts)
+        self.others += others
+        none = np.empty((batch.num_rows, 0), np.uint64)
+        words = id_words(batch.column("unit_id"), self.width) if self.with_ids else none
+        if self.bits and self.with_ids:
+            mine &= hashed(words) >> np.uint64(64 - self.bits) == self.number
+        elif self.bits:
+            row = np.arange(seen, seen + batch.num_rows)
+            mine &= (row >= self.start) & (row < self.stop)
+        at = microseconds(batch.column("exposed_at"), path, self.naive_zone)
+        found: tuple[NDArray[Any], ...] = (words, codes["arm"], at, *(codes[name] for name in self.texts[1:]))
+        if not mine.all():
+            found = tuple(column[mine] for column in found)
+        for name, column in zip(self.texts, (found[1], *found[3:]), strict=True):
+            unseen = set(self.names[name].values()) - self.used[name]
+            self.used[name] |= {code for code in unseen if (column == code).any()}
+        if len(found[2]):
+            self.first, self.last = min(self.first, int(found[2].min())), max(self.last, int(found[2].max()))
+        return found
+
+    def head(
+        self, words: Words, arm: NDArray[np.int32], at: NDArray[np.int64], segments: tuple[NDArray[np.int32], ...]
+    ) -> Log:
+        if self.experiment is None:
+            raise InputError(_EMPTY)
+        if self.experiment not in self.names["experiment"]:
+            known = _some(self.names["experiment"])
+            raise InputError(f"no exposure of experiment '{self.experiment}': name one of {known}")
+        rows = exposure_rows(self.parts)
+        if self.others:
+            rows["of another experiment"] += self.others
+        arms, *values = ([n for n, code in self.names[t].items() if code in self.used[t]] for t in self.texts)
+        offset = 0 if self.with_ids else self.start
+        return Log(words, arm, at, segments, arms, tuple(values), self.experiment, rows, self.first, self.last, offset)
+
+
+def _compact(codes: NDArray[np.int32], reader: _Reader, name: str) -> NDArray[np.int32]:
+    """Codes into the names that occur: a log of many experiments, or a dictionary, knows more."""
+    known, used = reader.names[name], reader.used[name]
+    if len(used) == len(known):
+        return codes
+    place = np.cumsum([code in used for code in range(len(known))], dtype=np.int32) - np.int32(1)
+    return np.asarray(place[codes], np.int32)
+
+
+def choose_experiment(parts: Sequence[Part], preferred: str | None = None) -> str:
+    """The experiment to read where none is named: the preferred one if the log holds it, else the only one."""
+    found: set[str] = set()
+    for part in parts:
+        need(part.open().schema_arrow, ["experiment"], part.path)
+        for batch in part.open(columns=["experiment"]).iter_batches(1 << 19, columns=["experiment"]):
+            found.update(str(name) for name in batch.column(0).unique().to_pylist() if name is not None)
+    if preferred in found:
+        return str(preferred)
+    if not found:
+        raise InputError(_EMPTY)
+    if len(found) > 1:
+        raise InputError(f"the log holds {len(found)} experiments: name one of {_some(found)}")
+    return found.pop()
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:8])
 
 
 def populate(
     log: Log, window: Window, zone: str, part: tuple[int, int] = (0, 0), split_returning: bool = False
 ) -> Population:
-    """Apply the rules and place each remaining unit. `part` = (number, bits) keeps one of 2^bits hash ranges."""
+    """Apply the rules and place each remaining unit. `part` = (number, bits) is the hash range that was read."""
     rows = Counter[str]()
     h = hashed(log.words)
     words, arm, at, segments = log.words, log.arm, log.at, log.segments
-    if part[1]:
-        mine = np.flatnonzero(h >> np.uint64(64 - part[1]) == part[0])
-        # The leading bits are the same in the whole part: without them the hashes spread over the table again.
-        h, words, arm, at = h[mine] << np.uint64(part[1]), words[mine], arm[mine], at[mine]
-        segments = tuple(s[mine] for s in segments)
+    # The leading bits are the same in the whole part: without them the hashes spread over the table again.
+    h <<= np.uint64(part[1])
     order = np.argsort(h)
     ranked = h[order]
     if len(h) > 1 and bool((ranked[1:] == ranked[:-1]).any()):
@@ -172,17 +283,17 @@ def _group_codes(
 def populate_layout(
     log: Log, window: Window, zone: str, part: tuple[int, int] = (0, 0), split_returning: bool = False
 ) -> Population:
-    """The population of a layout: one row per unit already, a unit's position is its row. `part` keeps a range of
-    rows."""
-    start, stop = (len(log.at) * n >> part[1] for n in (part[0], part[0] + 1))
-    exposed = local_days(log.at[start:stop], zone)
+    """The population of a layout, or of the range of its rows that was read: a unit's position is its row."""
+    exposed = local_days(log.at, zone)
     eligible, why = window.eligible(exposed)
     rows = Counter({"units": int(eligible.sum())})
     if not eligible.all():
         rows[f"units {why}"] = int((~eligible).sum())
-    code = _group_codes(log, log.arm[start:stop], [column[start:stop] for column in log.segments], eligible)
+    code = _group_codes(log, log.arm, log.segments, eligible)
     latest = int(exposed.max(initial=0, where=eligible))
-    return Population(None, code, exposed, group_names(log), rows, latest, not eligible.all(), split_returning, start)
+    return Population(
+        None, code, exposed, group_names(log), rows, latest, not eligible.all(), split_returning, log.offset
+    )
 
 
 def local_days(at: NDArray[np.int64], zone: str) -> NDArray[np.int32]:
@@ -207,13 +318,14 @@ def microseconds(column: pa.Array, where: str, naive_zone: str | None) -> NDArra
     if column.type.tz is None:
         if naive_zone is None:
             raise InputError(f"{where}: exposed_at has no time zone: write one, or set naive_zone to the zone it means")
-        column = pc.assume_timezone(column.cast(pa.timestamp("us")), naive_zone)
-    return values(column.cast(pa.timestamp("us", tz="UTC")), np.int64)
+        naive = column.cast(pa.timestamp("us"), safe=False)
+        column = pc.assume_timezone(naive, naive_zone, ambiguous="earliest", nonexistent="earliest")
+    return values(column.cast(pa.timestamp("us", tz="UTC"), safe=False), np.int64)
 
 
 def span(log: Log, zone: str) -> tuple[dt.date, dt.date]:
     """First and last local day of an exposure."""
-    first, last = local_days(np.array([log.at.min(), log.at.max()]), zone)
+    first, last = local_days(np.array([log.first, log.last]), zone)
     return dt.date(1970, 1, 1) + dt.timedelta(int(first)), dt.date(1970, 1, 1) + dt.timedelta(int(last))
 
 
@@ -261,18 +373,8 @@ def _codes(column: pa.Array, known: dict[str, int], where: str) -> NDArray[np.in
 def _widen(words: Words, width: int) -> Words:
     """String rows padded to more words; the length stays last."""
     if words.shape[1] == 1:
-        raise InputError("unit_id is a string in one exposure file and an integer in another: give all the same type")
+        raise InputError(_MIXED_IDS)
     out = np.zeros((len(words), width), np.uint64)
     out[:, : words.shape[1] - 1] = words[:, :-1]
     out[:, -1] = words[:, -1]
     return out
-
-
-def _choose(found: list[str], wanted: str | None) -> str:
-    if wanted is None and len(found) == 1:
-        return found[0]
-    if wanted in found:
-        return str(wanted)
-    names = ", ".join(sorted(found)[:8])
-    problem = f"no exposure of experiment '{wanted}'" if wanted else f"the log holds {len(found)} experiments"
-    raise InputError(f"{problem}: name one of {names}")

@@ -11,10 +11,12 @@ from flywheel_tasks.release.readout_config import ReadoutConfig
 def run(inputs: Inputs, config: ReadoutConfig, out: Output) -> None:
     """Breadth and depth of every test arm against control: percentage lifts with Fieller's 95 % sets, and a decision.
 
-    Status is `running` while the window is not complete, `refused` when a check failed, `closed` when there are lifts.
+    Status is `running` while the window is not complete (with the looks so far), `refused` when a check failed,
+    `closed` when there are lifts.
     """
     from flywheel_tasks.release.parts import Part
     from flywheel_tasks.release.plot import forest
+    from flywheel_tasks.release.population import choose_experiment
     from flywheel_tasks.release.read import read_out
     from flywheel_tasks.release.table import plain_text
 
@@ -35,7 +37,13 @@ def run(inputs: Inputs, config: ReadoutConfig, out: Output) -> None:
         raise InputError(
             "nothing to read: no unit is exposed, or there is no activity; run expose, or set readout.exposures"
         )
-    result = read_out(exposures, activity, config)
+    experiment = config.experiment or choose_experiment(exposures, f"release-{out.cycle}")
+    shares = {} if inputs.sources.get("exposures") else _planned(inputs, experiment)
+    result = read_out(
+        exposures,
+        activity,
+        config.model_copy(update={"experiment": experiment, "allocation": config.allocation or shares}),
+    )
     out.json("readout", result.as_json())
     forest(result, out.file("report", "forest.png"))
     out.file("report", "readout.txt").write_text(plain_text(result), encoding="utf-8")
@@ -52,15 +60,27 @@ def run(inputs: Inputs, config: ReadoutConfig, out: Output) -> None:
         out.metric(f"{d.arm}.roll_back", float(d.verdict == "roll back"))
 
 
+def _planned(inputs: Inputs, experiment: str) -> dict[str, float]:
+    """The share of each arm that expose drew units by; nothing about an experiment that it no longer runs."""
+    artifact, output = inputs.artifact("report")
+    found: dict[str, float] = artifact.json(output).get(experiment, {}).get("shares", {})
+    return found
+
+
 STAGE = Stage(
     name="readout",
     phase="release",
     paper="Sec. 2.5.2, eq. 9-18, Appendix 6",
-    inputs={"exposures": Input("expose", "exposures"), "activity": Input("ingest", "activity")},
+    inputs={
+        "exposures": Input("expose", "exposures"),
+        "activity": Input("ingest", "activity"),
+        "report": Input("expose", "report"),
+    },
     outputs={"readout": "json", "report": "file"},
     config=ReadoutConfig,
     run=run,
     sources=("exposures", "activity"),
     resources=Resources(cpus=2, memory_gib=4),
     schedule="daily",
+    uses_cycle=True,
 )

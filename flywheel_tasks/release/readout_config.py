@@ -14,17 +14,22 @@ from flywheel_tasks.release.window import Estimand
 
 class ReadoutConfig(StageConfig):
     experiment: str | None = Field(
-        None, description="which experiment of the log; may be left out where there is only one"
+        None,
+        min_length=1,
+        description="which experiment of the log (empty: release-CYCLE, or the only one)",
     )
     control: str = Field("control", description="the arm that receives the current baseline")
-    allocation: dict[str, float] = Field({}, description="planned weight of each arm (empty: equal)")
+    allocation: dict[str, float] = Field(
+        {}, description="planned weight of each arm (empty: as the store's expose reports them, else equal)"
+    )
     start: dt.date | None = Field(
         None, description="first day of the window (empty: the later of the first exposure and the first activity)"
     )
     days: int = Field(7, ge=1, le=28, description="length of the window in days (the paper reads one week)")
     as_of: dt.date | None = Field(
         None,
-        description="data is complete before this day (empty: the day after the last activity; the daily DAG sets it)",
+        description="data is complete before this day (empty: the last day with activity, which may still be filling "
+        "up; the daily DAG sets the day of its run)",
     )
     settle_days: int = Field(0, ge=0, le=14, description="days to wait after the window for late data")
     estimand: Estimand = Field("calendar_window", description="over which days a unit counts")
@@ -50,7 +55,9 @@ class ReadoutConfig(StageConfig):
     )
     pre_days: int = Field(0, ge=0, le=28, description="days before the window that feed CUPED (0: none)")
     segments: tuple[str, ...] = Field(
-        (), description="columns of the exposure log to split by; 'returning' splits by activity in the pre-period"
+        (),
+        description="columns of the exposure log to split by, such as locale in the store's; 'returning' splits by "
+        "activity in the pre-period",
     )
     guard_pct: float = Field(
         2.0, ge=0, description="a guard whose interval reaches below minus this percentage holds the release"
@@ -65,8 +72,13 @@ class ReadoutConfig(StageConfig):
         json_schema_extra=Operational,
     )  # fmt: skip
     workers: int = Field(
-        0, ge=0, description="Ray tasks over the parts (0: this process)", json_schema_extra=Operational
+        0, ge=0, description="Ray workers over the parts (0: this process)", json_schema_extra=Operational
     )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Segments that are columns of the exposure log."""
+        return tuple(s for s in self.segments if s != "returning")
 
     @field_validator("time_zone", "naive_zone")
     @classmethod
@@ -86,6 +98,8 @@ class ReadoutConfig(StageConfig):
             raise ValueError(
                 "per_user_window counts days from each unit's exposure: it takes no missing_days and no pre_days"
             )
+        if self.workers > 1 and not self.partition_bits:
+            raise ValueError("workers need parts to work on: set partition_bits above 0")
         if any(w <= 0 for w in self.allocation.values()):
             raise ValueError("allocation: every weight must be positive")
         return self

@@ -5,9 +5,10 @@ Per group (arm and segment values) the moments of
     depth      S_i                                              over active units      eq. 12, 13
     sends      S_i                                              over exposed units
     active     A_i                                              over exposed units
-    *@d        the same up to and including day d (looks)
+    *@d        the same up to and including day d, over the units exposed by then (looks)
     day_*@d    the same on day d alone (novelty)
     x_*        the pre-period covariate and its products with the outcome (CUPED)
+    pre_*@p    the same on day p of the pre-period alone
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def _group(matrix: NDArray[Any], exposed: NDArray[np.int32], window: Window) -> 
     sends = np.zeros(n, np.int64)
     days = np.zeros(n, np.int64)
     weight = window.scale // window.observable(exposed) if window.estimand == "days_since_exposure" else None
+    latest = int(exposed.max(initial=0))
     out: dict[str, Moments] = {}
     for d in window.kept:
         today = matrix[window.pre_days + d]
@@ -97,17 +99,23 @@ def _group(matrix: NDArray[Any], exposed: NDArray[np.int32], window: Window) -> 
         wide = today.astype(np.int64)
         sends += wide
         days += active
-        there = n if window.relative else int(np.count_nonzero(exposed <= window.first + d))
-        out[f"day_active@{d}"] = Moments(there, count, count)
+        here = None if window.relative or latest <= window.first + d else exposed <= window.first + d
+        out[f"day_active@{d}"] = Moments(n if here is None else int(np.count_nonzero(here)), count, count)
         out[f"day_depth@{d}"] = moments(wide)._replace(n=count)
         at = "" if d == window.kept[-1] else f"@{d}"
-        out |= {name + at: m for name, m in _through(days, sends, weight).items()}
+        out |= {name + at: m for name, m in _through(days, sends, weight, here).items()}
     if window.pre_days:
         out |= _covariates(matrix[: window.pre_days], sends, days if weight is None else days * weight)
     return out
 
 
-def _through(days: NDArray[np.int64], sends: NDArray[np.int64], weight: NDArray[np.int64] | None) -> dict[str, Moments]:
+def _through(
+    days: NDArray[np.int64], sends: NDArray[np.int64], weight: NDArray[np.int64] | None, here: NDArray[np.bool_] | None
+) -> dict[str, Moments]:
+    """Sums so far, over the units that were exposed so far."""
+    if here is not None:
+        days, sends = days[here], sends[here]
+        weight = None if weight is None else weight[here]
     total = moments(sends)
     active = int(np.count_nonzero(days))
     return {
@@ -123,7 +131,8 @@ def _covariates(before: NDArray[Any], sends: NDArray[np.int64], breadth: NDArray
     `total`."""
     x_sends = before.sum(axis=0, dtype=np.int64)
     x_days = np.count_nonzero(before > 0, axis=0).astype(np.int64)
-    return {
+    counts = [int(np.count_nonzero(day)) for day in before]
+    return {f"pre_active@{p}": Moments(len(sends), count, count) for p, count in enumerate(counts)} | {
         "x_sends": moments(x_sends),
         "x_breadth": moments(x_days),
         "xy_sends": Moments(len(sends), dot(x_sends, sends), 0),

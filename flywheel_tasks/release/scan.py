@@ -22,14 +22,12 @@ from numpy.typing import NDArray
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.release.parts import Part, need
 from flywheel_tasks.release.population import Population
+from flywheel_tasks.release.stamp import DENSE
 from flywheel_tasks.release.units import hashed, values
 from flywheel_tasks.release.window import Window, day_number, day_of
 
 Matrix = NDArray[np.int32] | NDArray[np.int64]
 BadRows = Literal["refuse", "drop"]
-
-DENSE = "unit_index"
-"""The column of a layout written at ingest: a unit's position in the exposure log."""
 
 
 @dataclass
@@ -99,7 +97,7 @@ def _row_groups(part: Part, spec: Scan, cells: Cells) -> list[tuple[pq.FileMetaD
     schema, metadata = file.schema_arrow, file.metadata
     dense = spec.population.table is None
     need(schema, [DENSE if dense else "unit_id", "day", "sends"], part.path)
-    _check_types(schema, part.path)
+    check_types(schema, part.path)
     wanted = []
     at = (
         {metadata.row_group(0).column(i).path_in_schema: i for i in range(metadata.num_columns)}
@@ -125,7 +123,8 @@ def _row_groups(part: Part, spec: Scan, cells: Cells) -> list[tuple[pq.FileMetaD
     return wanted
 
 
-def _check_types(schema: pa.Schema, where: str) -> None:
+def check_types(schema: pa.Schema, where: str) -> None:
+    """Refuse days that are no dates and sends that are no integers."""
     day, sends = schema.field("day").type, schema.field("sends").type
     if not pa.types.is_date(day):
         raise InputError(f"{where}: column 'day' has type {day}: give dates")

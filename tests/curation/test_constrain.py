@@ -129,6 +129,31 @@ def test_a_tolerance_gives_up_rows_for_the_targets_and_is_kept(tmp_path):
     assert 500 < _meets(near, 0.03, 0.10) < unbound.json("report")["selected"]
 
 
+def test_a_tolerance_that_whole_rows_miss_is_told_and_costs_no_more_than_least_rows(tmp_path):
+    """Fractions of these 13 rows meet the tolerance with 9 rows; the whole rows nearest to them do not."""
+    codes = ["122", "331", "330", "212", "112", "021", "200", "030", "212", "122", "032", "212", "200"]
+    rows = [
+        {"locale": f"l{a}", "jtbd": f"j{b}", "depth": f"d{c}", "first_turn": True, "character_id": f"char-{n}"}
+        for n, (a, b, c) in enumerate(codes)
+    ]
+    targets = {
+        "locale": {"l0": 0.52, "l1": 0.034, "l2": 0.063, "l3": 0.383},
+        "jtbd": {"j0": 0.023, "j1": 0.595, "j2": 0.316, "j3": 0.066},
+        "depth": {"d0": 0.176, "d1": 0.044, "d2": 0.78},
+    }
+    asked = {"character_cap": 1.0, "targets": targets, "tolerance": 0.4, "least_rows": 9}
+    with pytest.raises(
+        InputError, match=r"miss the tolerance .* down to 9: locale 0\.\d+ of 0\.4.*constrain\.tolerance"
+    ):
+        constrain(tmp_path, rows, **asked)
+    report = constrain(tmp_path, rows, **asked, on_infeasible="relax").json("report")
+    assert report["selected"] >= 9
+    told = " ".join(report["relaxed"])
+    missed = [n for n, d in report["dimensions"].items() if d["distance_after"] > 0.4 + 1 / report["selected"]]
+    assert missed
+    assert all(name in told for name in missed)
+
+
 def test_a_locale_never_seen_is_reported_as_unattainable(tmp_path):
     rows = candidates(2000, 50, skew=0.3)
     described = constrain(tmp_path, rows, targets={"locale": {"fr_FR": 0.25}}).json("report")["dimensions"]["locale"]
@@ -172,6 +197,17 @@ def test_the_named_relaxation_works_and_is_applied_only_when_asked(tmp_path):
     assert report["hard_bounds"]["character"]["applied"] == 0.0834
     assert "applied constrain.character_cap=0.0834" in report["relaxed"][0]
     assert _meets(relaxed, 0.0834, 0.10) == _meets(constrain(tmp_path, rows, character_cap=0.0834), 0.0834, 0.10)
+
+
+def test_a_size_too_small_for_the_cap_loosens_the_cap(tmp_path):
+    """0.03 of 20 rows is no row: 0.05 is what one row of each of 20 characters takes."""
+    rows = [row | {"character_id": f"char-{n}"} for n, row in enumerate(candidates(40, 40, first_share=1.0))]
+    with pytest.raises(InputError) as told:
+        constrain(tmp_path, rows, size=20)
+    assert "1 to constrain.size=20 of the 40 candidates meets character_cap=0.03 " in str(told.value)
+    assert "20 x 0.03 = 0.6 < 1" in str(told.value)
+    assert "character_cap=0.05 constrain.first_turn_floor=0.1 (20 rows)" in str(told.value)
+    assert _meets(constrain(tmp_path, rows, size=20, on_infeasible="relax"), 0.05, 0.10) == 20
 
 
 def test_one_character_only(tmp_path):

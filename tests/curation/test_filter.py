@@ -205,17 +205,17 @@ def test_a_classifier_that_fails_passes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: Callable[[safety.Turns], np.ndarray]
 ) -> None:
     monkeypatch.setattr(safety, "classifier_and_threshold", lambda config: (classifier, 0.5))
-    config = CONFIG.model_copy(update={"safety": SafetyConfig(timeout_s=0.3)})
+    config = CONFIG.model_copy(update={"safety": SafetyConfig(timeout_s=0.3), "most_unjudged": 1.0})
     artifact = run(tmp_path, [talk(n, *CALM) for n in range(4)], config)
     assert accepted(artifact) == []
     assert set(reasons(artifact).values()) == {"classifier_error"}
     assert artifact.table("prompts").rows == 0
 
 
-def test_an_outage_of_the_guard_can_stop_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_of_the_guard_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safety, "classifier_and_threshold", lambda config: (_nothing, 0.5))
     with pytest.raises(FlywheelError, match="4 of 4 conversations could not be judged"):
-        run(tmp_path, [talk(n, *CALM) for n in range(4)], CONFIG.model_copy(update={"most_unjudged": 0.5}))
+        run(tmp_path, [talk(n, *CALM) for n in range(4)])
 
 
 def test_policy_decides_between_mask_and_drop(tmp_path: Path) -> None:
@@ -223,6 +223,34 @@ def test_policy_decides_between_mask_and_drop(tmp_path: Path) -> None:
     artifact = run(tmp_path, [talk(0, "mail a@b.org now", "ok"), talk(1, "card 4111111111111111 now", "ok")], config)
     assert reasons(artifact) == {"c0": "privacy_email"}
     assert artifact.table("prompts").read()["turns"].to_pylist()[0][0]["content"] == "card [CARD] now"
+
+
+def test_a_link_does_not_hide_what_the_policy_drops(tmp_path: Path) -> None:
+    link = "look at https://shop.example/pay?card=4111111111111111 please"
+    assert reasons(run(tmp_path / "drop", [talk(0, link, "ok")])) == {"c0": "privacy_card"}
+    config = FilterConfig(privacy=PrivacyConfig(presidio=(), policy={}))
+    masked = run(tmp_path / "mask", [talk(0, link, "ok")], config)
+    assert masked.table("prompts").read()["turns"].to_pylist()[0][0]["content"] == "look at [URL] please"
+    assert masked.json("report")["identifiers_masked"] == {"URL": 1}
+
+
+@pytest.mark.parametrize(
+    ("image", "kept"),
+    [
+        ("https://cdn.example/i.png", True),
+        ("https://cdn.example/a%20b.png", True),
+        ("https://cdn.example/a.png?email=jane.doe@gmail.com&phone=+14155550123", False),
+        ("https://cdn.example/a.png?email=jane.doe%40gmail.com", False),
+        ("https://cdn.example/a.png?phone=%2B14155550123", False),
+        ("https://cdn.example/4111111111111111/a.png", False),
+    ],
+)
+def test_an_image_link_that_tells_of_a_person_is_removed(tmp_path: Path, image: str, kept: bool) -> None:
+    row = talk(0, *CALM)
+    row["turns"][1]["image"] = image
+    turn = run(tmp_path, [row]).table("conversations").read().to_pylist()[0]["turns"][1]
+    assert turn["image"] == (image if kept else None)
+    assert turn["content"] == CALM[1]
 
 
 def test_forgotten_users_are_rejected(tmp_path: Path) -> None:

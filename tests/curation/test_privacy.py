@@ -1,5 +1,6 @@
 """Sec. 2.6: no identifier of a person leaves the filter, however it is written; ordinary text passes unchanged."""
 
+import hashlib
 import json
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.curation.candidates import candidate_rows
 from flywheel_tasks.curation.checksums import luhn, mod97, verhoeff
-from flywheel_tasks.curation.identifiers import find, merge
+from flywheel_tasks.curation.identifiers import find
 from flywheel_tasks.curation.normalise import fold
 from flywheel_tasks.curation.privacy import PrivacyConfig, identifiers, mask, scrub
 from flywheel_tasks.simulation import plants
@@ -43,6 +44,8 @@ def scrubbed(text: str) -> str:
         ("jo\u200bhn@gma\u200bil.com", "[EMAIL]"),
         ("ｊｏｈｎ＠ｇｍａｉｌ．ｃｏｍ ok", "[EMAIL] ok"),
         ("𝗷𝗼𝗵𝗻@𝗴𝗺𝗮𝗶𝗹.𝗰𝗼𝗺", "[EMAIL]"),
+        ("write to jo@firma.pl.", "write to [EMAIL]."),
+        ("jo@firma.pl. Then", "[EMAIL]. Then"),
         ("john (at) example [dot] org", "[EMAIL]"),
         ("john dot doe at gmail dot com", "[EMAIL]"),
         ("j o h n @ gmail . com", "[EMAIL]"),
@@ -90,13 +93,6 @@ def test_an_identifier_is_masked_however_it_is_written(text: str, clean: str) ->
 )
 def test_ordinary_text_is_left_alone(text: str) -> None:
     assert scrubbed(text) == text
-
-
-@pytest.mark.parametrize(
-    "text", ["4111 1111 1111 1112", "GB82 WEST 1234 5698 7654 33", "2341 2341 2347", "000-12-3456"]
-)
-def test_a_wrong_check_digit_is_no_card_iban_or_aadhaar(text: str) -> None:
-    assert not {span.entity for span in identifiers(text)} & {"CARD", "IBAN", "AADHAAR", "SSN"}
 
 
 def test_structured_identifiers_on_presidio_research_data(data_dir: Path) -> None:
@@ -206,44 +202,16 @@ def test_check_digits_catch_every_single_wrong_digit(number: int) -> None:
     assert mod97("GB82WEST12345698765432")
 
 
-def test_merging_names_the_union_by_precedence() -> None:
-    text = "https://user:pw@example.com/x"
-    assert [(s.start, s.end, s.entity) for s in merge(find(text))] == [(0, len(text), "URL_SECRET")]
+def test_a_text_that_takes_too_long_is_rejected_and_not_passed() -> None:
+    slow = OWN_RULES.model_copy(update={"timeout_s": 1e-9})
+    assert scrub(pa.array(["hello", "mail a@b.org"]), slow).failed.tolist() == [1]
+    assert scrub(pa.array(["hello", "mail a@b.org"]), OWN_RULES).failed.tolist() == []
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "a",
-        "1",
-        "1 ",
-        "12-",
-        "@",
-        "a@",
-        "a.",
-        " at ",
-        "x at x dot ",
-        ":",
-        "http://",
-        "one ",
-        "1 Aa bb ",
-        "+1(",
-        "GB12 ",
-        "//a:b@",
-        "1.1.",
-        "a[at]",
-        "a\u200b",
-        "नमस्ते ",
-        "call 1234567 ",
-        "insta is ",
-        "Rue a ",
-    ],
-)
-def test_a_long_text_takes_linear_time_whatever_it_repeats(unit: str) -> None:
-    """100 kB in under 1.5 s each: a pattern that backtracks would take minutes."""
-    start = time.process_time()
-    find(fold(unit * (100_000 // len(unit))).text)
-    assert time.process_time() - start < 1.5
+def test_a_mask_tells_everything_that_is_under_it() -> None:
+    found = scrub(pa.array(["see https://shop.example/pay?mail=jo@x.org&card=4111111111111111"]), OWN_RULES)
+    assert found.texts.to_pylist() == ["see [URL]"]
+    assert [set(inside) for inside in found.inside] == [{"URL", "EMAIL", "CARD"}]
 
 
 def test_a_megabyte_message_is_scrubbed_in_bounded_time() -> None:
@@ -281,6 +249,31 @@ def test_presidio_adds_what_only_it_knows_and_its_timeouts_are_errors() -> None:
         presidio(config.presidio, 0.5, 1e-9)("9" * 200_000)
 
 
+def _bitcoin_addresses(count: int) -> list[str]:
+    alphabet = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+    addresses = []
+    for n in range(count):
+        body = b"\x05" + hashlib.sha256(str(n).encode()).digest()[:20]
+        body += hashlib.sha256(hashlib.sha256(body).digest()).digest()[:4]
+        number, address = int.from_bytes(body, "big"), ""
+        while number:
+            number, rest = divmod(number, 58)
+            address = alphabet[rest] + address
+        addresses.append(address)
+    return addresses
+
+
+@pytest.mark.slow
+def test_presidio_reads_what_holds_few_digits() -> None:
+    few = [a for a in _bitcoin_addresses(800) if sum(c.isdigit() for c in a) < 3]
+    assert len(few) > 5
+    clean = scrub(pa.array([f"send it to {a} now" for a in few]), PrivacyConfig()).texts.to_pylist()
+    assert set(clean) == {"send it to [CRYPTO] now"}
+    assert scrub(pa.array(["MAC AA-BB-CC-DD-EE-FA"]), PrivacyConfig()).texts.to_pylist() == ["MAC [IP]"]
+    own = PrivacyConfig(presidio=("UrlRecognizer",))
+    assert "[URL]" in scrub(pa.array(["we met on foo.gal"]), own).texts[0].as_py()
+
+
 @pytest.mark.slow
 def test_a_token_classifier_masks_names_and_its_failure_rejects(tmp_path: Path) -> None:
     """A real transformers model, one layer wide, whose head is set by hand: the token `alice` is a person."""
@@ -303,8 +296,9 @@ def test_a_token_classifier_masks_names_and_its_failure_rejects(tmp_path: Path) 
     )
     model = BertForTokenClassification(shape)
     with torch.no_grad():
-        for parameter in model.bert.encoder.parameters():
+        for parameter in (*model.bert.encoder.parameters(), *model.bert.embeddings.parameters()):
             parameter.zero_()
+        model.bert.embeddings.LayerNorm.weight.fill_(1)
         model.bert.embeddings.word_embeddings.weight[2] = torch.tensor([9.0, -9, 9, -9, 9, -9, 9, -9])
         model.classifier.weight[1] = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1])
         model.classifier.weight[0] = 0

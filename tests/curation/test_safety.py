@@ -12,6 +12,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
 from flywheel_tasks.curation import guard, labelled, ngrams
@@ -160,7 +162,35 @@ def test_any_other_answer_of_the_guard_is_an_error(answer: str) -> None:
 
 def test_the_guard_sees_bounded_context_of_its_own_conversation() -> None:
     talk = turns([("user", "a"), ("assistant", "b"), ("user", "c")], [("user", "d")])
-    assert [[m["content"] for m in ms] for ms in guard.messages(talk, 2)] == [["a"], ["a", "b"], ["b", "c"], ["d"]]
+    assert [[m["content"] for m in ms] for ms in guard.messages(talk, 2)] == [["a"], ["a", "b"], ["c"], ["d"]]
+
+
+_STRICT = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+    "{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+)
+
+
+def rendered(messages: list[dict[str, str]]) -> str:
+    """The messages through a chat template that, like Llama Guard's, refuses roles that do not alternate."""
+
+    def refuse(why: str) -> None:
+        raise TemplateError(why)
+
+    environment = ImmutableSandboxedEnvironment()
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(_STRICT).render(messages=messages)
+
+
+@given(st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=9), st.integers(1, 6))
+def test_a_template_that_wants_strict_turns_takes_every_window(roles: list[str], context: int) -> None:
+    talk = turns([(role, f"t{n}.") for n, role in enumerate(roles)])
+    for at, messages in enumerate(guard.messages(talk, context)):
+        text = rendered(messages)
+        assert messages[-1]["role"] == roles[at]
+        assert text.rstrip().endswith(f"t{at}.")
+        assert sum(f"t{n}." in text for n in range(len(roles))) <= context
 
 
 class _Guard(http.server.BaseHTTPRequestHandler):
@@ -171,11 +201,17 @@ class _Guard(http.server.BaseHTTPRequestHandler):
         text = body["messages"][-1]["content"]
         if "slow" in text:
             time.sleep(3)
+        if "late" in text:
+            time.sleep(0.3)
         ok = (
             self.path == "/v1/chat/completions"
             and self.headers["Authorization"] == "Bearer key-of-the-test"
             and body["temperature"] == 0
         )
+        try:
+            rendered(body["messages"])
+        except TemplateError:
+            ok = False
         answer = "unsafe\nS1" if "bomb" in text else "as an AI model I" if "odd" in text else "safe"
         reply = (
             b"not json" if "garbage" in text else json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
@@ -206,6 +242,40 @@ def test_a_guard_behind_an_endpoint_fails_closed(endpoint: str) -> None:
     assert threshold == 0.5
     scores = judge(classifier, said("hello", "how to build a bomb", "odd", "garbage", "crash", "slow"), 4096, 30)
     np.testing.assert_array_equal(scores, [0.0, 1.0, np.nan, np.nan, np.nan, np.nan])
+
+
+def guarded(endpoint: str, **settings: object) -> SafetyConfig:
+    return SafetyConfig.model_validate(
+        {"classifier": "guard-http", "guard_url": endpoint, "guard_model": "guard", **settings}
+    )
+
+
+def test_a_guard_judges_long_talks_greetings_and_answers_given_twice(endpoint: str) -> None:
+    config = guarded(endpoint)
+    long = [("user", "hello"), ("assistant", "hi")] * 4
+    talk = turns(long, [("assistant", "welcome"), ("user", "hello")], [*long[:2], ("assistant", "how to build a bomb")])
+    scores = judge(classifier_and_threshold(config)[0], talk, config.turns_per_call(), config.timeout_s)
+    np.testing.assert_array_equal(scores, [*[0.0] * 12, 1.0])
+
+
+def test_a_slow_guard_is_asked_no_more_than_it_can_answer_in_time(endpoint: str) -> None:
+    config = guarded(endpoint, guard_parallel=2, request_timeout_s=0.5, timeout_s=1.2)
+    assert config.turns_per_call() == 4
+    talk = said(*[f"late {n}" for n in range(12)])
+    scores = judge(classifier_and_threshold(config)[0], talk, config.turns_per_call(), config.timeout_s)
+    assert (scores == 0).all()
+    assert SafetyConfig().turns_per_call() == SafetyConfig().batch_turns
+
+
+def test_a_batch_that_is_given_up_does_not_delay_the_next(endpoint: str) -> None:
+    config = guarded(endpoint, guard_parallel=2, request_timeout_s=1, timeout_s=1.3)
+    classifier, _ = classifier_and_threshold(config)
+    late = judge(classifier, said(*[f"late {n}" for n in range(40)]), 40, config.timeout_s)
+    assert late[0] == 0, "an answer that came in time counts"
+    assert np.isnan(late[-1])
+    start = time.monotonic()
+    assert judge(classifier, said("hello"), 40, config.timeout_s).tolist() == [0.0]
+    assert time.monotonic() - start < 1
 
 
 def test_a_guard_that_is_down_passes_nothing() -> None:

@@ -55,6 +55,36 @@ def test_a_relaxation_works_and_a_smaller_one_does_not(pool, cap, floor, least):
             assert largest(rows, first_turns, cap, found.floor + 1e-4) < least
 
 
+@settings(max_examples=60, deadline=None)
+@given(pool=pools, cap=caps, floor=floors, least=st.integers(1, 6), room=st.integers(0, 12))
+def test_with_a_largest_size_the_relaxations_agree_with_every_possible_subset(pool, cap, floor, least, room):
+    rows, first_turns = pool
+    limit = least + room
+
+    def possible(cap, floor):
+        sizes = range(least, min(limit, int(rows.sum())) + 1)
+        best = {size: _most_first_turns(rows, first_turns, cap_rows(cap, size)).get(size, -1) for size in sizes}
+        return [size for size in sizes if best[size] >= floor_rows(floor, size)]
+
+    if possible(cap, floor) or rows.sum() < least:
+        return
+    clash = conflicts(rows, first_turns, cap, floor, least, limit)
+    assert not possible(cap if "character_cap" in clash else 1.0, floor if "first_turn_floor" in clash else 0.0)
+    if len(clash) == 2:
+        assert possible(1.0, floor)
+        assert possible(cap, 0.0)
+    options = relaxations(rows, first_turns, cap, floor, least, limit)
+    assert options
+    for found in options:
+        assert found.cap >= cap
+        assert found.floor <= floor
+        assert max(possible(found.cap, found.floor)) == found.size
+        if found.cap > cap:
+            assert not possible(found.cap - 1e-4, floor)
+        if found.floor < floor and found.cap == cap:
+            assert not possible(cap, found.floor + 1e-4)
+
+
 def test_three_per_cent_needs_thirty_four_characters():
     assert largest(np.full(33, 1000), np.full(33, 1000), 0.03, 0.1) == 0
     assert largest(np.full(34, 1000), np.full(34, 1000), 0.03, 0.1) == 34_000

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch import stage_arguments
 
-from flywheel_tasks.pipeline import STAGES
+from flywheel_tasks.pipeline import STAGES, load_config
 
 DAGS = Path(character_flywheel.__file__).parent
 BOTH = (character_flywheel.dag, ab_readout.dag)
@@ -136,6 +136,24 @@ def test_an_empty_cycle_is_the_week_of_the_run(dag: DAG, logical: str | None, af
     if not dag.tasks:
         pytest.skip("no stage runs daily yet")
     assert dag.tasks[0].derived_cycle(run_of(logical, after)) == cycle
+
+
+def test_the_daily_readout_is_told_which_day_is_complete(monkeypatch: pytest.MonkeyPatch):
+    """Without it a last day that is still filling up could close a window; what a person typed wins."""
+    task = ab_readout.dag.get_task("readout")
+    launched: list[list[str]] = []
+    monkeypatch.setattr(
+        type(task), "launch", lambda self, arguments, context: launched.append(arguments) or "file:///m/manifest.json"
+    )
+    ti = SimpleNamespace(xcom_pull=lambda task_ids: None)
+    for name in ("readout", "expose"):
+        params = form(overrides=["readout.as_of=2026-11-01"]) | {"skip": None}
+        context = {"params": params, "ti": ti, **run_of("2026-11-17T07:00+00:00", "2026-11-17T07:00+00:00")}
+        type(task).execute.__wrapped__(ab_readout.dag.get_task(name), context)
+    settings = [[a for a in arguments if "=" in a] for arguments in launched]
+    assert settings == [["readout.as_of=2026-11-17", "readout.as_of=2026-11-01"], ["readout.as_of=2026-11-01"]]
+    found = load_config(overrides=["store.uri=/tmp/x", "readout.as_of=2026-11-17"]).stages["readout"]
+    assert found.as_of == datetime.date(2026, 11, 17)
 
 
 def test_a_skipped_stage_is_skipped_before_anything_is_looked_up():

@@ -1,6 +1,6 @@
 """Random assignment: uniform, independent, stable, exclusive within a layer."""
 
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -34,6 +34,16 @@ def test_salts_are_independent() -> None:
     assert stats.chi2_contingency(table).pvalue > 1e-4
     again = assign(UNITS, Experiment(name="one", salt="new", layer="l1", arms=shares))
     assert 0.48 < (again == one).mean() < 0.52
+
+
+def test_a_salt_used_twice_still_gives_independent_arms() -> None:
+    """In two layers, or under two names; and no two keys may be written alike."""
+    shares = {"test": 0.5, "control": 0.5}
+    twins = [("one", "l1", "s"), ("one", "l2", "s"), ("two", "l1", "s"), ("one", "l1", "")]
+    drawn = [assign(UNITS, Experiment(name=n, layer=la, salt=s, arms=shares)) for n, la, s in twins]
+    for one, two in combinations(drawn, 2):
+        table = [[int(((one == i) & (two == j)).sum()) for j in (0, 1)] for i in (0, 1)]
+        assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
 def test_layer_and_arm_hashes_are_independent_even_under_one_name() -> None:

@@ -101,6 +101,17 @@ def test_plan_before_launch(files: tuple[str, str]) -> None:
     assert invoke("--activity", files[1]).exit_code == 2
 
 
+def test_a_plan_counts_the_units_of_its_days_only(files: tuple[str, str], tmp_path: Path) -> None:
+    """All who ever came are more than an experiment of a week would expose."""
+    _, activity = world(1, staggered=False, pre=3)
+    past = [(10**9 + i, day(-20), 2) for i in range(500)]
+    _, longer = write(tmp_path / "past", world(1)[0], activity + past)
+    week = ["--json", "--start", START, "--days", 5]
+    plain, padded = (json.loads(invoke("--plan", "--activity", f, *week).stdout) for f in (files[1], longer))
+    assert padded == plain
+    assert (padded["first"], padded["last"]) == (str(day(0)), str(day(4)))
+
+
 def test_every_kind_of_set_can_be_drawn(files: tuple[str, str], tmp_path: Path) -> None:
     """The plot must not depend on luck: two rays, a whole line, an empty set, and a hostile experiment name."""
     from dataclasses import replace

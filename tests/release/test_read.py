@@ -1,11 +1,8 @@
 """The readout against a slow reference, and the same bits whatever the files, batches, threads or parts."""
 
 import datetime as dt
-import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,21 +10,27 @@ import pyarrow.parquet as pq
 import pytest
 
 from flywheel_tasks.core.errors import InputError
-from flywheel_tasks.release.layout import write_layout
 from flywheel_tasks.release.parts import find
 from flywheel_tasks.release.population import populate, read_log
-from flywheel_tasks.release.read import read_out, resolve_window
+from flywheel_tasks.release.read import read_out
 from flywheel_tasks.release.readout_cli import read_out_files
 from flywheel_tasks.release.readout_config import ReadoutConfig
+from flywheel_tasks.release.resolve import resolve_window
 from flywheel_tasks.release.scan import Scan, scan
 from flywheel_tasks.release.table import plain_text
-from tests.release.worlds import START, activity_table, at, day, exposure_table, reference, world, write
-
-Rows = list[Any]
-
-
-def settings(**more: Any) -> ReadoutConfig:
-    return ReadoutConfig(**({"start": START} | more))
+from tests.release.worlds import (
+    START,
+    Rows,
+    activity_table,
+    at,
+    day,
+    reference,
+    settings,
+    strip,
+    tweak,
+    world,
+    write,
+)
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["integer ids", "string ids"])
@@ -62,10 +65,6 @@ def test_a_unit_first_exposed_on_day_5_had_two_observable_days(tmp_path: Path) -
     assert since.mean - by_calendar.mean == pytest.approx((1 - 2 / 7) / n)
 
 
-def strip(result: Any) -> str:
-    return json.dumps(result.as_json(), sort_keys=True)
-
-
 @pytest.mark.parametrize("text", [False, True], ids=["integer ids", "string ids"])
 def test_the_same_bits_for_any_files_threads_and_parts(tmp_path: Path, text: bool) -> None:
     exposures, activity = world(3, text=text, pre=3)
@@ -79,26 +78,11 @@ def test_the_same_matrix_for_any_batch_size(tmp_path: Path) -> None:
     exposures, activity = world(4)
     e, a = (find(g, "") for g in write(tmp_path, exposures, activity, 2))
     log = read_log(e, None)
-    window, _, _ = resolve_window(log, a, settings())
+    window = resolve_window(log, a, settings()).window
     population = populate(log, window, "UTC")
     one, many = (scan(a, Scan(population, window, batch_rows=n), threads=2) for n in (1 << 18, 13))
     assert (one.matrix == many.matrix).all()
     assert one.rows == many.rows
-
-
-def test_a_layout_gives_the_same_bits(tmp_path: Path) -> None:
-    exposures, activity = world(5, pre=2)
-    exposures += [(exposures[0][0], exposures[0][1], at(4)), (exposures[1][0], "other", at(4))]
-    exposures.append((10**9, "other", at(0)))
-    keep = [e for e in exposures if e[1] != "other" and e[0] != exposures[1][0]]
-    files = write(tmp_path, keep, activity)
-    config = settings(pre_days=2)
-    write_layout(*(find(f, "") for f in files), config, tmp_path / "layout")
-    layout = str(tmp_path / "layout/units.parquet"), str(tmp_path / "layout/activity-*.parquet")
-    raw = read_out_files(*files, config).as_json()
-    for options in ({}, {"partition_bits": 2}, {"threads": 3}):
-        dense = read_out_files(*layout, settings(pre_days=2, as_of=day(14), **options)).as_json()
-        assert {k: v for k, v in dense.items() if k != "rows"} == {k: v for k, v in raw.items() if k != "rows"}
 
 
 def test_sums_past_2_to_the_31_and_squares_past_2_to_the_63(tmp_path: Path) -> None:
@@ -117,30 +101,11 @@ def test_depth_takes_the_variance_among_active_units(tmp_path: Path) -> None:
     """With half the units inactive, dividing by all of them would understate the squared error about twofold."""
     exposures = [(i, "test" if i % 2 else "control", at(0)) for i in range(400)]
     activity = [(i, day(d), 1 + (i * 7 + d) % 5) for i in range(0, 400) for d in range(7) if i % 4 < 2]
-    found = read_out_files(*write(tmp_path, exposures, activity), settings()).arms["test"]
+    found = read_out_files(*write(tmp_path, exposures, activity), settings(as_of=day(7))).arms["test"]
     assert found["depth"].n == 100
     assert found["active_share"].mean == 0.5
     assert found["depth"].se2 is not None
     assert found["depth"].se2 == pytest.approx(reference(exposures, activity, "calendar_window")["test"]["depth"][2])
-
-
-def test_missing_days_may_be_declared(tmp_path: Path) -> None:
-    exposures, activity = world(7, staggered=False)
-    without = [a for a in activity if a[1] != day(3)]
-    files = write(tmp_path, exposures, without)
-    refused = read_out_files(*files, settings())
-    assert refused.status == "refused"
-    assert str(day(3)) in refused.problems[0]
-    declared = read_out_files(*files, settings(missing_days=(day(3),)))
-    assert declared.status == "closed"
-    assert "without 2026-11-05" in declared.estimand
-    expected = reference(exposures, without, "calendar_window")["test"]["breadth"][1]
-    assert declared.arms["test"]["breadth"].mean == pytest.approx(expected * 7 / 6)
-
-
-def tweak(change: Callable[[Rows, Rows], tuple[Rows, Rows]], tmp_path: Path, **more: Any) -> Any:
-    exposures, activity = change(*world(8, staggered=False))
-    return read_out_files(*write(tmp_path, exposures, activity), settings(**more))
 
 
 def test_duplicate_exposures_and_units_in_both_arms_are_counted(tmp_path: Path) -> None:
@@ -177,19 +142,6 @@ def test_activity_before_exposure_does_not_count(tmp_path: Path) -> None:
     assert found.rows["before exposure"] == len(early) - strangers
 
 
-def test_a_day_missing_in_one_arm_is_refused(tmp_path: Path) -> None:
-    tested = {u for u, arm, _ in world(8, staggered=False)[0] if arm == "test"}
-    found = tweak(lambda e, a: (e, [x for x in a if not (x[1] == day(2) and x[0] in tested)]), tmp_path)
-    assert found.status == "refused"
-    assert found.problems == [f"{day(2)} has no active unit in arm 'test'"]
-
-
-def test_late_data_is_refused(tmp_path: Path) -> None:
-    found = tweak(lambda e, a: (e, [x for i, x in enumerate(a) if x[1] != day(6) or i % 8 == 0]), tmp_path)
-    assert found.status == "refused"
-    assert all("late data" in p for p in found.problems)
-
-
 def test_an_arm_without_an_active_unit_is_refused(tmp_path: Path) -> None:
     tested = {u for u, arm, _ in world(8, staggered=False)[0] if arm == "test"}
     found = tweak(lambda e, a: (e, [x for x in a if x[0] not in tested]), tmp_path)
@@ -197,11 +149,17 @@ def test_an_arm_without_an_active_unit_is_refused(tmp_path: Path) -> None:
     assert "arm 'test' has no active unit in the window" in found.problems
 
 
-def test_an_open_window_is_running(tmp_path: Path) -> None:
-    found = tweak(lambda e, a: (e, [x for x in a if x[1] < day(5)]), tmp_path)
-    assert (found.status, found.comparisons) == ("running", [])
-    waiting = tweak(lambda e, a: (e, [x for x in a if x[1] < day(7)]), tmp_path / "b", settle_days=2)
-    assert waiting.status == "running"
+def test_a_look_counts_only_the_units_exposed_by_then(tmp_path: Path) -> None:
+    """Units that enter on day 4 are no zeros of days 0 to 3."""
+    exposures, activity = world(15, staggered=False)
+    files = write(tmp_path / "early", exposures, activity)
+    late = [(10**9 + i, ("test", "control")[i % 2], at(4)) for i in range(300)]
+    more = activity + [(u, day(d), 1) for u, _, _ in late for d in range(4, 14)]
+    with_late = write(tmp_path / "late", exposures + late, more)
+    before, after = (read_out_files(*f, settings()).novelty for f in (files, with_late))
+    for one, two in zip(before, after, strict=True):
+        if one.day < str(day(4)):
+            assert (two.z, two.through.lift_pct) == (one.z, one.through.lift_pct)
 
 
 def test_negative_sends_are_refused_or_dropped(tmp_path: Path) -> None:
@@ -222,6 +180,7 @@ def test_negative_sends_are_refused_or_dropped(tmp_path: Path) -> None:
     [
         ("sends", pa.float64(), "sends"),
         ("day", pa.string(), "day"),
+        ("day", pa.timestamp("us"), "day"),
         ("unit_id", pa.float64(), "unit_id"),
         ("unit_id", pa.string(), "same type"),
     ],
@@ -254,43 +213,6 @@ def test_nulls_and_missing_columns_are_refused(tmp_path: Path) -> None:
         read_out_files(e, str(tmp_path / "text.parquet"), settings())
 
 
-def test_times_of_several_zones_mean_their_instants(tmp_path: Path) -> None:
-    """23:30 in New York on day 0 is day 1 in UTC; a file per zone, and one with offsets as text."""
-    exposures, activity = world(9, staggered=False)
-    _, a = write(tmp_path, exposures, activity)
-    table = exposure_table(exposures)
-    third = len(exposures) // 3
-    for i, zone in enumerate(("America/New_York", "Asia/Kolkata")):
-        part = table.slice(i * third, third)
-        moved = part.column("exposed_at").cast(pa.timestamp("us", tz=zone))
-        pq.write_table(part.set_column(3, "exposed_at", moved), tmp_path / f"zone-{i}.parquet")
-    rest = table.slice(2 * third)
-    text = pa.array([t.isoformat().replace("+00:00", "Z") for t in rest.column("exposed_at").to_pylist()])
-    pq.write_table(rest.set_column(3, "exposed_at", text), tmp_path / "zone-2.parquet")
-    whole = read_out_files(str(tmp_path / "exposures-*.parquet"), a, settings())
-    assert read_out_files(str(tmp_path / "zone-*.parquet"), a, settings()).as_json() == whole.as_json()
-    local = read_out_files(str(tmp_path / "exposures-*.parquet"), a, settings(time_zone="Pacific/Kiritimati"))
-    assert local.rows["before exposure"] > 0
-
-    naive = table.set_column(3, "exposed_at", table.column("exposed_at").cast(pa.timestamp("us")))
-    pq.write_table(naive, tmp_path / "naive.parquet")
-    with pytest.raises(InputError, match="no time zone"):
-        read_out_files(str(tmp_path / "naive.parquet"), a, settings())
-    assert read_out_files(str(tmp_path / "naive.parquet"), a, settings(naive_zone="UTC")).as_json() == whole.as_json()
-
-
-def test_several_experiments_and_unknown_arms(tmp_path: Path) -> None:
-    exposures, activity = world(10)
-    e, a = write(tmp_path, exposures, activity)
-    other = exposure_table(exposures).set_column(0, "experiment", pa.array(["y"] * len(exposures)))
-    pq.write_table(other, tmp_path / "exposures-9.parquet")
-    with pytest.raises(InputError, match="2 experiments"):
-        read_out_files(e, a, settings())
-    assert read_out_files(e, a, settings(experiment="y")).rows["of another experiment"] == len(exposures)
-    with pytest.raises(InputError, match="control arm 'base'"):
-        read_out_files(e, a, settings(experiment="y", control="base"))
-
-
 def test_segments_warn_and_merge_to_the_whole(tmp_path: Path) -> None:
     exposures, activity = world(11, pre=3)
     locale = ["en" if e[2].hour % 3 else None for e in exposures]
@@ -315,6 +237,18 @@ def test_cuped_uses_the_pre_period(tmp_path: Path) -> None:
     sends = next(c for c in found.cuped if c.metric == "sends_per_exposed")
     assert sends.variance_kept < 0.5
     assert {c.metric for c in found.cuped} == {"breadth", "sends_per_exposed"}
+
+
+def test_no_cuped_where_the_pre_period_has_a_hole(tmp_path: Path) -> None:
+    exposures, activity = world(12, units=1000, pre=5, staggered=False)
+    tested = {u for u, arm, _ in exposures if arm == "test"}
+    holed = [x for x in activity if not (day(-4) <= x[1] <= day(-2) and x[0] in tested)]
+    found = read_out_files(*write(tmp_path, exposures, holed), settings(pre_days=5))
+    assert (found.status, found.cuped) == ("closed", [])
+    assert [str(day(d)) in w for d, w in zip((-4, -3, -2), found.warnings[-3:], strict=True)] == [True] * 3
+    whole = read_out_files(*write(tmp_path / "b", exposures, activity), settings(pre_days=5))
+    assert len(whole.cuped) == 2
+    assert found.comparisons == whole.comparisons
 
 
 def test_novelty_ends_at_the_readout(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from scipy import stats
 
-from flywheel_tasks.core import ids
+from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import FlywheelConfig, StageConfig
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
@@ -31,11 +32,31 @@ def traffic(inputs: Inputs, config: DaysConfig, out: Output) -> None:
     ]
     with out.table("activity") as writer:
         writer.write(activity_table(rows))
+    with out.table("conversations") as writer:
+        for locales in (LOCALES, LOCALES[:1]):
+            writer.write(conversations([(f"{u:08x}", locale) for u in range(0, config.units, 3) for locale in locales]))
     out.account("row", rows_in=len(rows), rows_out=len(rows))
 
 
+LOCALES = ("pt", "en", "de")
+"""Every third user talks twice in pt and once in the others; nothing is known of the rest."""
+
+
+def conversations(rows: list[tuple[str, str]]) -> pa.Table:
+    plain = {name: ["x"] * len(rows) for name in ("character_id", "source", "split")}
+    named = {"conversation_id": [f"c{i}" for i in range(len(rows))], "turns": [[]] * len(rows)}
+    nulls = dict.fromkeys(("language", "model_version"), [None] * len(rows))
+    users = {"user": [u for u, _ in rows], "locale": [locale for _, locale in rows]}
+    return pa.table(plain | named | nulls | users).select(schemas.CONVERSATION.names).cast(schemas.CONVERSATION)
+
+
 INGEST = Stage(
-    name="ingest", phase="curation", paper="Sec. 2.2", outputs={"activity": "activity"}, config=DaysConfig, run=traffic
+    name="ingest",
+    phase="curation",
+    paper="Sec. 2.2",
+    outputs={"activity": "activity", "conversations": "conversation"},
+    config=DaysConfig,
+    run=traffic,
 )
 HALF = {"name": "x", "arms": {"test": 0.5, "control": 0.5}}
 
@@ -72,7 +93,7 @@ def test_one_cycle_from_activity_to_decision(cycle: Cycle) -> None:
     assert len(log) == 3000
     assert stats.binomtest(arms.count("test"), 3000, 0.5).pvalue > 1e-4
     assert {row["exposed_at"].date() for row in log} == {day(0), day(1)}
-    made = cycle.run(readout.STAGE, readout={"days": 7}, **sections)
+    made = cycle.run(readout.STAGE, readout={"days": 7, "as_of": str(day(7))}, **sections)
     found = made.json("readout")
     assert found["status"] == "closed"
     assert found["comparisons"]["test"]["breadth"]["kind"] == "bounded"
@@ -123,7 +144,60 @@ def test_an_open_window_waits_and_the_next_day_closes_it(cycle: Cycle) -> None:
     assert cycle.run(readout.STAGE, **sections).json("readout")["status"] == "running"
     cycle.run(INGEST, ingest={"days": 7})
     cycle.run(expose.STAGE, **sections)
+    assert cycle.run(readout.STAGE, **sections).json("readout")["status"] == "running"
+    told = sections["readout"] | {"as_of": str(day(7))}
+    assert cycle.run(readout.STAGE, **(sections | {"readout": told})).json("readout")["status"] == "closed"
+    cycle.run(INGEST, ingest={"days": 8})
+    cycle.run(expose.STAGE, **sections)
     assert cycle.run(readout.STAGE, **sections).json("readout")["status"] == "closed"
+
+
+def test_the_stock_pipeline_reads_its_second_week(cycle: Cycle) -> None:
+    """The log keeps the release of the week before; each week's readout is of its own release."""
+    for week in ("2026-W45", "2026-W46"):
+        cycle.run(INGEST, week, ingest={"days": 8})
+        cycle.run(expose.STAGE, week)
+        found = cycle.run(readout.STAGE, week).json("readout")
+        assert (found["experiment"], found["status"]) == (f"release-{week}", "closed"), found["problems"]
+    assert found["rows"]["of another experiment"] > 0
+
+
+def test_unequal_arms_are_checked_against_the_shares_that_expose_drew(cycle: Cycle) -> None:
+    sections = {"expose": {"experiments": [HALF | {"arms": {"test": 0.1, "control": 0.5}}]}}
+    cycle.run(INGEST, ingest={"days": 8})
+    cycle.run(expose.STAGE, **sections)
+    found = cycle.run(readout.STAGE, **sections).json("readout")
+    assert found["status"] == "closed", found["problems"]
+    assert found["sample_ratio"]["expected"]["control"] == pytest.approx(5 * found["sample_ratio"]["expected"]["test"])
+    wrong = {"readout": {"allocation": {"test": 1, "control": 1}}}
+    refused = cycle.run(readout.STAGE, **sections, **wrong).json("readout")
+    assert refused["status"] == "refused"
+    assert "readout.allocation" in refused["problems"][0]
+
+
+def test_the_store_knows_the_locale_of_a_unit(cycle: Cycle) -> None:
+    """The usual one, at the first exposure; a unit without a conversation stays in a segment of its own."""
+    sections = {"expose": {"experiments": [HALF]}, "readout": {"segments": ["locale"]}}
+    cycle.run(INGEST, ingest={"days": 8})
+    log = exposures(cycle.run(expose.STAGE, **sections))
+    assert all(row["locale"] == (None if int(row["unit_id"], 16) % 3 else "pt") for row in log)
+    found = cycle.run(readout.STAGE, **sections).json("readout")
+    of_locale = {c["segment"]: c["test"]["n"] for c in found["segments"] if c["metric"] == "breadth"}
+    assert set(of_locale) == {"locale=pt", "locale=(none)"}
+    assert sum(of_locale.values()) == found["arms"]["test"]["breadth"]["n"]
+
+
+def test_moving_a_slice_moves_no_unit_into_a_second_experiment_of_its_layer(cycle: Cycle) -> None:
+    whole, half = {"name": "a", "arms": HALF["arms"]}, {"name": "b", "slice_from": 0.5, "arms": HALF["arms"]}
+    cycle.run(INGEST)
+    first = exposures(cycle.run(expose.STAGE, expose={"experiments": [whole]}))
+    cycle.run(INGEST, "2026-W46", ingest={"units": 6000})
+    both = [whole | {"slice_to": 0.5}, half]
+    log = exposures(cycle.run(expose.STAGE, "2026-W46", expose={"experiments": both}))
+    mine = {name: {row["unit_id"] for row in log if row["experiment"] == name} for name in "ab"}
+    assert mine["a"] >= {row["unit_id"] for row in first}
+    assert len(mine["b"]) > 1000
+    assert not mine["a"] & mine["b"]
 
 
 def test_files_of_another_platform_are_read_beside_the_store(cycle: Cycle, tmp_path: Path) -> None:

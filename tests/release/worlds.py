@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flywheel_tasks.release.readout_cli import read_out_files
+from flywheel_tasks.release.readout_config import ReadoutConfig
+
+Rows = list[Any]
 START = dt.date(2026, 11, 2)
 Exposure = tuple[Any, str, dt.datetime]
 Activity = tuple[Any, dt.date, int]
@@ -126,3 +131,16 @@ def _estimate(values: list[Fraction]) -> tuple[int, float, float]:
     n = len(values)
     mean = sum(values) / n
     return n, float(mean), float(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def settings(**more: Any) -> ReadoutConfig:
+    return ReadoutConfig(**({"start": START} | more))
+
+
+def strip(result: Any) -> str:
+    return json.dumps(result.as_json(), sort_keys=True)
+
+
+def tweak(change: Callable[[Rows, Rows], tuple[Rows, Rows]], tmp_path: Path, **more: Any) -> Any:
+    exposures, activity = change(*world(8, staggered=False))
+    return read_out_files(*write(tmp_path, exposures, activity), settings(**more))
