@@ -25,15 +25,21 @@ _LAST_WRITE_SECONDS = 0.5
 
 
 def map_blocks(
-    fn: Callable[[B], R], blocks: Sequence[B], *, cpus: float = 1.0, gpus: float = 0.0, actors: int = 0
+    fn: Callable[[B], R],
+    blocks: Sequence[B],
+    *,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    actors: int = 0,
+    share: bool = True,
 ) -> Iterator[R]:
-    """`fn` over `blocks`. One block, or one core, runs right here; more go through Ray.
+    """`fn` over `blocks`. One block, one core, or work not worth sharing runs right here; more goes through Ray.
 
-    Starting Ray takes longer than a small block does, so callers cut blocks worth several seconds of work. Plain blocks
+    Starting Ray takes some ten seconds, so a caller who knows that the work takes less says `share=False`. Plain blocks
     are Ray tasks. With `actors` they go through a Ray Data actor pool of that size, whose workers stay up for all
     blocks, so what `fn` caches in its process (a model) is loaded once in each. `cpus` and `gpus` are one worker's.
     """
-    if len(blocks) <= 1 or (session.cpus() < 2 and not os.environ.get("RAY_ADDRESS")):
+    if len(blocks) <= 1 or not share or (session.cpus() < 2 and not os.environ.get("RAY_ADDRESS")):
         yield from map(fn, blocks)
         return
     ray = session.ensure()

@@ -27,6 +27,8 @@ from flywheel_tasks.curation import logs, spill
 from flywheel_tasks.curation.assemble import Rules, assemble
 
 _MOST_BUCKETS = 4096
+_WORTH_SHARING = 1 << 30
+"""Bytes of events that one core reads in about twice the time that Ray takes to start (benchmarks/bench_ingest.py)."""
 
 
 class IngestConfig(StageConfig):
@@ -79,7 +81,9 @@ def run(inputs: Inputs, config: IngestConfig, out: Output) -> None:
             "ingest.logs is empty: name the raw logs, for example --set ingest.logs='/data/events/*.jsonl.gz'"
         )
     chunks = logs.cut(sources, config.chunk_bytes)
-    buckets = min(max(math.ceil(sum(map(logs.weight, chunks)) / config.bucket_bytes), 1), _MOST_BUCKETS)
+    size = sum(map(logs.weight, chunks))
+    share = size >= _WORTH_SHARING
+    buckets = min(max(math.ceil(size / config.bucket_bytes), 1), _MOST_BUCKETS)
     tasks = [
         spill.ParseTask(
             chunks=group,
@@ -93,14 +97,14 @@ def run(inputs: Inputs, config: IngestConfig, out: Output) -> None:
         for group in logs.grouped(chunks, config.chunk_bytes)
     ]
     parsed: list[spill.Parsed] = []
-    for results in map_blocks(spill.parse_chunks, tasks):
+    for results in map_blocks(spill.parse_chunks, tasks, share=share):
         parsed += results
         out.progress(len(parsed), len(chunks) + buckets, "blocks")
     places = _first_lines(parsed)
     for result, (name, first) in zip(parsed, places, strict=True):
         for path in result.refused_spills:
             out.reject(_quarantine(spill.read_refused(out.store_uri, path), name, first))
-    accepted = _assemble_all(parsed, places, buckets, config, out)
+    accepted = _assemble_all(parsed, places, buckets, config, out, share)
     out.account("event", rows_in=sum(p.events + p.refused for p in parsed), rows_out=accepted)
 
 
@@ -126,7 +130,12 @@ def assemble_bucket(task: _BucketTask) -> _Bucket:
 
 
 def _assemble_all(
-    parsed: Sequence[spill.Parsed], chunks: Sequence[tuple[str, int]], buckets: int, config: IngestConfig, out: Output
+    parsed: Sequence[spill.Parsed],
+    chunks: Sequence[tuple[str, int]],
+    buckets: int,
+    config: IngestConfig,
+    out: Output,
+    share: bool,
 ) -> int:
     last = max((p.last for p in parsed if p.last is not None), default=0)
     rules = Rules(last, config.continue_minutes, config.eval_share)
@@ -134,7 +143,7 @@ def _assemble_all(
     specs = (out.parts("conversations"), out.parts("activity"), out.parts(QUARANTINE))
     tasks = [_BucketTask(bucket, spills, tuple(chunks), rules, *specs) for bucket in range(buckets)]
     accepted = 0
-    for done, result in enumerate(map_blocks(assemble_bucket, tasks), start=1):
+    for done, result in enumerate(map_blocks(assemble_bucket, tasks, share=share), start=1):
         out.add("conversations", [result.conversations])
         out.add("activity", [result.activity])
         out.add(QUARANTINE, [result.quarantine])

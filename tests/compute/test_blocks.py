@@ -25,6 +25,8 @@ def test_one_block_and_one_core_stay_in_this_process(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(session, "cpus", lambda: 1)
     assert [pid for _, pid in map_blocks(work, range(4))] == [os.getpid()] * 4
     assert list(map_blocks(work, [])) == []
+    monkeypatch.setattr(session, "cpus", lambda: 2)
+    assert [pid for _, pid in map_blocks(work, range(4), share=False)] == [os.getpid()] * 4
 
 
 @pytest.mark.slow

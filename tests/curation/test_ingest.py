@@ -186,6 +186,7 @@ def test_ray_gives_the_same_bytes_as_this_process(
 ) -> None:
     import ray
 
+    monkeypatch.setattr("flywheel_tasks.curation.ingest._WORTH_SHARING", 0)
     ray.shutdown()  # workers of a Ray that other tests started know nothing of this test's key
     small = ("ingest.bucket_bytes=100000", "ingest.chunk_bytes=200000")
     through_ray = ingest(tmp_path / "ray", f"{traffic[0]}/events-*", *small).artifact.manifest
