@@ -39,6 +39,7 @@ def ensure() -> Any:
             for name, value in _LEAN.items():
                 os.environ.setdefault(name, value)
             ray.init(
+                address="local",  # without it Ray joins whatever cluster somebody started on this machine
                 num_cpus=cpus(),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from flywheel_tasks.core import ids, lineage, schemas, tables
+from flywheel_tasks.core import ids, lineage, partial, schemas, tables
 from flywheel_tasks.core.errors import ConfigError, FlywheelError, InputError
 from flywheel_tasks.core.manifest import FileRecord, Forgotten, Manifest, OutputRecord, artifact_folder
 from flywheel_tasks.core.store import Artifact, Store
@@ -52,6 +52,7 @@ def _forget(store: Store, user: str, now: datetime.datetime) -> dict[str, Any]:
             purged["/".join(holders[-1])] = rows
     retrain = _mark_models(store, holders, user, now)
     strays = _remove_strays(store)
+    store.storage.delete_folder(partial.FOLDER)
     removed, unfinished = _abandoned(store, now)
     left = {a.uri: rows for a in store.artifacts() if (rows := _remaining(a, user))}
     return {
@@ -154,7 +155,7 @@ def _mark_models(store: Store, holders: list[lineage.Address], user: str, now: d
     marked = []
     for at in sorted(below):
         record = graph.manifests[at]
-        if not any(output.contract == "checkpoint" for output in record.outputs.values()):
+        if not any(output.contract in schemas.CHECKPOINTS for output in record.outputs.values()):
             continue
         marked.append("/".join(at))
         if not any(entry.user == user and entry.retrain_needed for entry in record.forgotten):

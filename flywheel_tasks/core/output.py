@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.manifest import FileRecord, OutputRecord, Rows, artifact_folder
+from flywheel_tasks.core.partial import Partial
 from flywheel_tasks.core.progress import Progress
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.core.tables import PartSpec, TableWriter
 
 QUARANTINE = "quarantine"
-_LOOSE = ("checkpoint", "json", "file")
+_LOOSE = (*schemas.CHECKPOINTS, "json", "file")
 _SCRATCH = "scratch"
 
 
@@ -40,8 +41,10 @@ class Output:
         *,
         seed: int,
         cycle: str,
+        forgotten: frozenset[str] = frozenset(),
     ) -> None:
         self.seed, self.cycle = seed, cycle
+        self.partial = Partial(storage, stage, key, forgotten)
         self.metrics: list[tuple[str, float, int | None]] = []
         self.rows: Rows | None = None
         self._storage, self._folder, self._attempt = storage, artifact_folder(stage, key), attempt

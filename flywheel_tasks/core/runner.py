@@ -22,6 +22,7 @@ from flywheel_tasks.core.config import FlywheelConfig, StageConfig
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.manifest import InputRecord, Manifest, SourceRecord
 from flywheel_tasks.core.output import QUARANTINE, Output
+from flywheel_tasks.core.partial import Partial
 from flywheel_tasks.core.stage import Input, Inputs, Stage
 from flywheel_tasks.core.storage import external, medium_errors
 from flywheel_tasks.core.store import Artifact, Store, artifact_key
@@ -60,6 +61,7 @@ def run_stage(
     artifact = store.find(stage.name, key)
     if artifact is not None:
         store.point(cycle, artifact.manifest)
+        Partial(store.storage, stage.name, key).clear()  # a kill between commit and clearing leaves it
         return Result(artifact, "cached")
     return _attempt(stage, cycle, config, store, Inputs(inputs, sources, store.forgotten()), records, flat_sources, key)
 
@@ -75,7 +77,16 @@ def _attempt(
     key: str,
 ) -> Result:
     attempt, started = ids.new_attempt(), datetime.datetime.now(datetime.UTC)
-    out = Output(store.storage, stage.name, key, attempt, stage.outputs, seed=config.seed, cycle=cycle)
+    out = Output(
+        store.storage,
+        stage.name,
+        key,
+        attempt,
+        stage.outputs,
+        seed=config.seed,
+        cycle=cycle,
+        forgotten=inputs.forgotten,
+    )
     tracked = AttemptRecord(
         cycle, stage.name, attempt, key, store.uri_of(stage.name, key), _commit(), config.flat(), started
     )
@@ -105,6 +116,7 @@ def _attempt(
             artifact, won = store.commit(manifest)
             store.point(cycle, artifact.manifest)
             tracked.finish(artifact if won else None)
+            out.partial.clear()
     except BaseException as error:
         _abandon(store, stage.name, key, attempt, error)
         raise

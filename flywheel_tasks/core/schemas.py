@@ -17,6 +17,8 @@ EVENT_TYPES = ("message", "reaction", "feedback", "regenerate")
 SOURCES = ("internal", "production")
 ROLES = ("user", "assistant")
 SPLITS = ("train", "eval")
+EXAMPLE_SOURCES = ("internal_rjs", "user_rjs", "safety", "capability", "failure_fix", "base_post_training")
+"""The six parts of the SFT mixture (Sec. 2.4.2)."""
 
 
 def _fields(spec: str, types: dict[str, pa.DataType] | None = None) -> list[pa.Field]:
@@ -74,6 +76,52 @@ PROMPT = pa.schema(
         },
     )
 )
+PAIR = pa.schema(
+    _fields(
+        "pair_id prompt_id user character_id source locale language? jtbd? depth? split turns y0 y1 policy0 policy1 "
+        "made mode tool_call0? tool_call1? delta_length delta_emoji delta_list delta_markdown",
+        {
+            "turns": pa.list_(TURN),
+            **dict.fromkeys(("delta_length", "delta_emoji", "delta_list", "delta_markdown"), pa.int32()),
+        },
+    )
+)
+"""Two responses to a prompt; deltas are y0 minus y1."""
+ANSWER = pa.struct(_fields("name about answer"))
+ANNOTATION = pa.schema(
+    _fields(
+        "annotation_id pair_id user batch mode annotator preferred strength? questions rewrite? seconds? at",
+        {"strength": pa.int32(), "questions": pa.list_(ANSWER), "seconds": pa.float64(), "at": TIMESTAMP},
+    )
+)
+PREFERENCE = pa.schema(
+    _fields(
+        "preference_id pair_id prompt_id user character_id traffic locale language? jtbd? mode split turns chosen "
+        "rejected agreement n_reviews conflict batch policy_chosen policy_rejected",
+        {"turns": pa.list_(TURN), "n_reviews": pa.int32(), "conflict": pa.bool_()},
+    )
+)
+SCORE = pa.struct(_fields("name value", {"value": pa.float64()}))
+COMPLETION = pa.schema(
+    _fields(
+        "completion_id prompt_id user character_id locale language? jtbd? split turns text sample tokens logprob? "
+        "finish policy scores accepted? reason?",
+        {
+            "turns": pa.list_(TURN),
+            "sample": pa.int32(),
+            "tokens": pa.int32(),
+            "logprob": pa.float64(),
+            "scores": pa.list_(SCORE),
+            "accepted": pa.bool_(),
+        },
+    )
+)
+EXAMPLE = pa.schema(
+    _fields(
+        "example_id user? source character_id? locale? messages",
+        {"messages": pa.list_(pa.struct(_fields("role content trained", {"trained": pa.bool_()})))},
+    )
+)
 EXPOSURE = pa.schema(_fields("experiment unit_id arm exposed_at", {"exposed_at": TIMESTAMP}))
 """What a readout needs of any exposure log."""
 EXPOSURE_LOG = EXPOSURE.append(pa.field("locale", STRING))
@@ -87,14 +135,27 @@ SCHEMAS: dict[str, pa.Schema] = {
     "character": CHARACTER,
     "conversation": CONVERSATION,
     "prompt": PROMPT,
+    "pair": PAIR,
+    "annotation": ANNOTATION,
+    "preference": PREFERENCE,
+    "completion": COMPLETION,
+    "example": EXAMPLE,
     "exposure": EXPOSURE_LOG,
     "activity": ACTIVITY,
     "quarantine": QUARANTINE,
 }
 
+CHECKPOINTS = ("checkpoint", "checkpoints")
+"""Contracts of outputs that hold one model, or one in each step's folder."""
+
 USER_COLUMNS: dict[str, str] = {
     "conversation": "user",
     "prompt": "user",
+    "pair": "user",
+    "annotation": "user",
+    "preference": "user",
+    "completion": "user",
+    "example": "user",
     "quarantine": "user",
     "activity": "unit_id",
     "exposure": "unit_id",

@@ -84,7 +84,7 @@ class Stage:
     run: Run
     config: type[StageConfig]
     outputs: Mapping[str, str]
-    """Output name → schema name, or `checkpoint`, `json`, `file`."""
+    """Output name → schema name, `checkpoint` (one model), `checkpoints` (folders step-000100/ …), `json` or `file`."""
     inputs: Mapping[str, Input] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     """Config fields that hold globs of files from outside the store."""

@@ -24,6 +24,8 @@ from flywheel_tasks.core import ids
 from flywheel_tasks.core.errors import ConfigError, FlywheelError, InputError
 
 _CHUNK = 1 << 20
+UNFINISHED = ".partial"
+"""The end of a name that a write is still going to; a kill can leave one behind."""
 _LIST_TRIES = 5
 
 
@@ -251,7 +253,7 @@ def digest_stream(stream: Any) -> tuple[int, str]:
 
 def _write_beside(target: Path, data: bytes) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(6)}.partial")
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(6)}{UNFINISHED}")
     try:
         with open(temporary, "xb") as raw:
             raw.write(data)

@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import without_password
 from flywheel_tasks.core.errors import FlywheelError
+from flywheel_tasks.core.manifest import FileRecord, OutputRecord
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.core.store import Artifact
 
@@ -70,9 +72,8 @@ class AttemptRecord:
             for name, count in counts.items():
                 self.metric(name, count, None)
         for name, output in record.outputs.items():
-            if output.contract == "checkpoint":
-                size = sum(file.bytes for file in output.files)
-                self.checkpoints.append({"output": name, "uri": artifact.uri, "sha256": output.sha256, "bytes": size})
+            if output.contract in schemas.CHECKPOINTS:
+                self.checkpoints += [{"output": name, "uri": artifact.uri, **part} for part in _models(name, output)]
             elif output.contract in ("json", "file"):
                 self.files += [f"{record.folder}/{f.path}" for f in output.files if f.bytes <= _SMALL_FILE]
 
@@ -265,11 +266,11 @@ def _log_checkpoints(uri: str, record: AttemptRecord) -> None:
     mlflow.set_experiment(EXPERIMENT)
     for checkpoint in record.checkpoints:
         model = mlflow.create_external_model(
-            name=f"{record.stage}-{checkpoint['output']}-{record.cycle}",
+            name="-".join([record.stage, checkpoint["output"], record.cycle, *checkpoint["step"].split()]),
             source_run_id=record.run_id,
             model_type=record.stage,
             params={"artifact_key": record.key},
-            tags={key: str(checkpoint[key]) for key in ("uri", "sha256", "bytes")} | {"cycle": record.cycle},
+            tags={key: str(checkpoint[key]) for key in ("uri", "sha256", "bytes", "step")} | {"cycle": record.cycle},
         )
         checkpoint["model_id"] = model.model_id
 
@@ -281,6 +282,19 @@ def _log_file(client: Any, run_id: str, path: str, data: bytes) -> None:
         local = Path(folder) / path.rsplit("/", 1)[-1]
         local.write_bytes(data)
         client.log_artifact(run_id, str(local))
+
+
+def _models(name: str, output: OutputRecord) -> list[dict[str, Any]]:
+    """Each model of an output: the one it is, or one for each step's folder."""
+    groups: dict[str, list[FileRecord]] = {}
+    for file in output.files:
+        inside = file.path.partition(f"/{name}/")[2]
+        groups.setdefault(inside.split("/")[0] if output.contract == "checkpoints" else "", []).append(file)
+    records = {step: output.model_copy(update={"files": tuple(files)}) for step, files in groups.items()}
+    return [
+        {"step": step, "sha256": record.sha256, "bytes": sum(file.bytes for file in record.files)}
+        for step, record in records.items()
+    ]
 
 
 @contextmanager

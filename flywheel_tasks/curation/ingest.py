@@ -25,6 +25,7 @@ from flywheel_tasks.core.stage import Inputs, Resources, Stage
 from flywheel_tasks.core.tables import PartSpec, write_part
 from flywheel_tasks.curation import logs, spill
 from flywheel_tasks.curation.assemble import Rules, assemble
+from flywheel_tasks.curation.characters import read_characters
 
 _MOST_BUCKETS = 4096
 _WORTH_SHARING = 1 << 30
@@ -37,13 +38,16 @@ class IngestConfig(StageConfig):
         description="globs of raw event logs: .jsonl, .jsonl.gz, .jsonl.zst, .parquet",
         json_schema_extra=Operational,
     )
+    characters: tuple[str, ...] = Field(
+        (), description="globs of character cards: .jsonl or .parquet", json_schema_extra=Operational
+    )
     continue_minutes: int = Field(10, ge=1, description="p(continue): the user writes again within this time (Table 2)")
     eval_share: float = Field(0.1, ge=0, lt=1, description="share of conversations held out for evaluation, by hash")
     longest_line: int = Field(4 << 20, ge=1024, description="a log line of more bytes is quarantined")
     chunk_bytes: int = Field(64 << 20, ge=1 << 10, description="bytes of log parsed by one task")
     bucket_bytes: int = Field(24 << 20, ge=1 << 12, description="bytes of log, about, assembled by one task")
 
-    @field_validator("logs", mode="before")
+    @field_validator("logs", "characters", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -73,13 +77,15 @@ class _Bucket:
 def run(inputs: Inputs, config: IngestConfig, out: Output) -> None:
     """Read the raw event logs: refuse malformed lines with file, line number and reason, pseudonymise users, drop
     duplicates, put late events in order, attach reactions, feedback and regenerations to the response they are about,
-    and derive p(continue). Gives conversations, each user's daily sends, and the quarantine, which says where a refused
-    line stands and never repeats it: it may name a person."""
+    and derive p(continue). Gives conversations, each user's daily sends, the character cards, and the quarantine, which
+    says where a refused line stands and never repeats it: it may name a person."""
     sources = inputs.sources["logs"]
     if not sources:
         raise ConfigError(
             "ingest.logs is empty: name the raw logs, for example --set ingest.logs='/data/events/*.jsonl.gz'"
         )
+    with out.table("characters") as writer:
+        writer.write(read_characters(inputs.sources["characters"]))
     chunks = logs.cut(sources, config.chunk_bytes)
     size = sum(map(logs.weight, chunks))
     share = size >= _WORTH_SHARING
@@ -175,8 +181,8 @@ STAGE = Stage(
     name="ingest",
     phase="curation",
     paper="Sec. 2.2, Figure 4, Table 2",
-    sources=("logs",),
-    outputs={"conversations": "conversation", "activity": "activity"},
+    sources=("logs", "characters"),
+    outputs={"conversations": "conversation", "activity": "activity", "characters": "character"},
     config=IngestConfig,
     run=run,
     resources=Resources(cpus=2, memory_gib=4),
