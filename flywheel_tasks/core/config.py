@@ -25,6 +25,7 @@ PROFILES = ("test", "demo", "cluster")
 
 M = TypeVar("M", bound=BaseModel)
 
+_ROLE = "model"
 Operational: dict[str, Any] = {"identity": False}
 """`json_schema_extra` for a field that changes how a stage runs but not what it computes: not part of the key."""
 
@@ -99,6 +100,18 @@ class ModelsConfig(_Section):
         return self
 
 
+def model_of(role: Literal["policy", "reward", "signal", "candidates"], description: str) -> Any:
+    """A stage's field that is `models.ROLE` wherever the stage does not name a model of its own."""
+    default = getattr(ModelsConfig(), role)
+    return Field(default, description=f"{description} (default: models.{role})", json_schema_extra={_ROLE: role})
+
+
+def model_roles(stage_config: type[StageConfig]) -> dict[str, str]:
+    """Field → role, for every field made by `model_of`."""
+    extras = {name: field.json_schema_extra for name, field in stage_config.model_fields.items()}
+    return {name: str(extra[_ROLE]) for name, extra in extras.items() if isinstance(extra, dict) and _ROLE in extra}
+
+
 class FlywheelConfig(_Section):
     """Everything one cycle runs under."""
 
@@ -155,9 +168,12 @@ def _build(profile: str, merged: dict[str, Any], stage_configs: Mapping[str, typ
             raise ConfigError(_unknown(key, [*shared, *stage_configs]))
         if key != "seed" and not isinstance(value, dict):
             raise ConfigError(f"config key '{key}' is a section: write '{key}.FIELD', not '{key}: {value}'")
-    stages = {name: _validate(cls, merged.get(name, {}), f"{name}.") for name, cls in stage_configs.items()}
     body = {key: merged[key] for key in shared if key in merged}
     config = _validate(FlywheelConfig, body | {"profile": profile}, "")
+    stages = {}
+    for name, cls in stage_configs.items():
+        models = {field: getattr(config.models, role) for field, role in model_roles(cls).items()}
+        stages[name] = _validate(cls, models | merged.get(name, {}), f"{name}.")
     return config.model_copy(update={"stages": stages})
 
 

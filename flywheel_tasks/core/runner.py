@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from flywheel_tasks.core import ids
-from flywheel_tasks.core.config import FlywheelConfig, StageConfig
+from flywheel_tasks.core.config import FlywheelConfig, ModelConfig, StageConfig
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.manifest import InputRecord, Manifest, SourceRecord
 from flywheel_tasks.core.output import QUARANTINE, Output
@@ -239,13 +239,22 @@ def _models(stage: Stage, stage_config: StageConfig, store: Store) -> dict[str, 
     context: dict[str, str] = {}
     for field in stage.models:
         value = reduce(getattr, field.split("."), stage_config)
-        if isinstance(value, str) and value.startswith("package:"):
-            context[field] = _package_version(value.removeprefix("package:"), f"{stage.name}.{field}")
-        elif isinstance(value, str) and Path(value).exists():
-            files = sorted(path for path in [Path(value), *Path(value).rglob("*")] if path.is_file())
-            found = {str(p.absolute()): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
-            context[field] = " ".join(record.sha256 for record in _digest_sources(found, store))
+        for number, model in enumerate(value if isinstance(value, tuple) else (value,)):
+            path = model.path if isinstance(model, ModelConfig) else model
+            if isinstance(path, str) and (weights := _weights(path, f"{stage.name}.{field}", store)):
+                context[f"{field}.{number}" if isinstance(value, tuple) else field] = weights
     return context
+
+
+def _weights(path: str, field: str, store: Store) -> str:
+    """What tells these weights from others; a checkpoint of a store has its digest in its path."""
+    if path.startswith("package:"):
+        return _package_version(path.removeprefix("package:"), field)
+    if not Path(path).exists():
+        return ""
+    files = sorted(file for file in [Path(path), *Path(path).rglob("*")] if file.is_file())
+    found = {str(file.absolute()): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    return " ".join(record.sha256 for record in _digest_sources(found, store))
 
 
 def _package_version(package: str, field: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from flywheel_tasks import pipeline
-from flywheel_tasks.core.config import PROFILES, Operational, StageConfig, load
+from flywheel_tasks.core.config import PROFILES, ModelConfig, Operational, StageConfig, load, model_of, model_roles
 from flywheel_tasks.core.errors import ConfigError
 
 
@@ -19,6 +19,22 @@ class Tuned(StageConfig):
 
 
 STAGES = {stage.name: stage.config for stage in pipeline.STAGES} | {"tune": Tuned}
+
+
+class Modelled(StageConfig):
+    base: ModelConfig = model_of("reward", "where training starts")
+    pool: tuple[ModelConfig, ...] = model_of("candidates", "further policies")
+
+
+def test_a_stage_uses_the_cycles_model_unless_it_names_its_own() -> None:
+    shared = ("models.reward.path=/m/reward", "models.candidates=[{path: /m/large}]")
+    stage = load(STAGES | {"judge": Modelled}, "demo", overrides=shared).stages["judge"]
+    assert isinstance(stage, Modelled)
+    assert (stage.base.path, [model.path for model in stage.pool]) == ("/m/reward", ["/m/large"])
+    own = load(STAGES | {"judge": Modelled}, "demo", overrides=(*shared, "judge.base.path=/m/own")).stages["judge"]
+    assert isinstance(own, Modelled)
+    assert own.base.path == "/m/own"
+    assert model_roles(Modelled) == {"base": "reward", "pool": "candidates"}
 
 
 @pytest.mark.parametrize("profile", PROFILES)
