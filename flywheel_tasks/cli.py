@@ -19,6 +19,7 @@ from flywheel_tasks.core.manifest import Manifest
 from flywheel_tasks.core.stage import Stage
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.release import commands as release_commands
+from flywheel_tasks.release.reign import for_cycle
 
 app = typer.Typer(
     name="flywheel",
@@ -241,9 +242,9 @@ def _settings(profile: str | None, config: str | None, overrides: list[str] | No
 def _run_stage(stage: Stage, cycle: str, config: FlywheelConfig, given: dict[str, str]) -> tuple[Artifact, str]:
     from flywheel_tasks.core.runner import run_stage
 
-    started = time.monotonic()
+    started, store = time.monotonic(), Store(config.store.uri)
     _say(f"── {stage.name} · {cycle} · {stage.paper}")
-    result = run_stage(stage, cycle, config, Store(config.store.uri), given)
+    result = run_stage(stage, cycle, for_cycle(config, store, cycle), store, given)
     manifest = result.artifact.manifest
     outcome = {"made": "made", "cached": "already there:", "lost": "another attempt was first:"}[result.outcome]
     _say(f"{stage.name}: {_accounting(manifest)}")

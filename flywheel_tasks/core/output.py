@@ -82,6 +82,11 @@ class Output:
     def store_uri(self) -> str:
         return self._storage.uri
 
+    @property
+    def uri(self) -> str:
+        """Where the artifact will be, for a later cycle that reads it by name."""
+        return f"{self._storage.uri}/{self._folder}"
+
     def add(self, name: str, records: Sequence[FileRecord]) -> None:
         """Adopt files that workers wrote."""
         self._contract(name)

@@ -17,6 +17,8 @@ EVENT_TYPES = ("message", "reaction", "feedback", "regenerate")
 SOURCES = ("internal", "production")
 ROLES = ("user", "assistant")
 SPLITS = ("train", "eval")
+MODES = ("static", "interactive", "steerability", "image")
+"""How a pair is shown to annotators (Sec. 2.2.2)."""
 EXAMPLE_SOURCES = ("internal_rjs", "user_rjs", "safety", "capability", "failure_fix", "base_post_training")
 """The six parts of the SFT mixture (Sec. 2.4.2)."""
 

@@ -65,6 +65,13 @@ class Inputs:
         """The table, or None where an optional input is absent."""
         return self[name] if self._artifacts.get(name) else None
 
+    def json(self, name: str) -> Any:
+        """The JSON output, or None where an optional input is absent."""
+        if not self._artifacts.get(name):
+            return None
+        artifact, output = self.artifact(name)
+        return artifact.json(output)
+
     def artifact(self, name: str) -> tuple[Artifact, str]:
         """The artifact behind an input and the name of the output that is meant."""
         found = self._artifacts.get(name)
