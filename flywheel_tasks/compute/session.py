@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 _OBJECT_STORE_BYTES = 256 << 20
-_LEAN = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"}
+_START_SECONDS = "300"
+"""A busy machine needs longer than Ray's own limit to start it."""
+_LEAN = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
 """For the workers of a small machine: give memory back instead of keeping pools; a fifth less in all, measured."""
 
 
@@ -27,6 +29,7 @@ def ensure() -> Any:
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_SECONDS)
     import ray
 
     if ray.is_initialized():

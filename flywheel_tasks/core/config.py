@@ -48,9 +48,8 @@ class StageConfig(_Section):
     """Base of every stage's configuration."""
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the content of the stage's artifact."""
-        dumped = self.model_dump(mode="json")
-        return {name: value for name, value in dumped.items() if _is_identity(type(self).model_fields[name])}
+        """The fields that decide the content of the stage's artifact, sections inside sections included."""
+        return _identity(self, self.model_dump(mode="json"))
 
 
 class StoreConfig(_Section):
@@ -175,9 +174,16 @@ def _build(profile: str, merged: dict[str, Any], stage_configs: Mapping[str, typ
     config = _validate(FlywheelConfig, body | {"profile": profile}, "")
     stages = {}
     for name, cls in stage_configs.items():
-        models = {field: getattr(config.models, role) for field, role in model_roles(cls).items()}
-        stages[name] = _validate(cls, models | merged.get(name, {}), f"{name}.")
+        roles = config.models.model_dump()
+        models = {field: roles[role] for field, role in model_roles(cls).items()}
+        stages[name] = _validate(cls, _merge(_sections(cls) | models, merged.get(name, {})), f"{name}.")
     return config.model_copy(update={"stages": stages})
+
+
+def _sections(cls: type[BaseModel]) -> dict[str, Any]:
+    """The class's default sections, so that setting one key of a section leaves its others as they are."""
+    defaults = {name: field.default for name, field in cls.model_fields.items()}
+    return {name: value.model_dump() for name, value in defaults.items() if isinstance(value, BaseModel)}
 
 
 def _validate(cls: type[M], values: Mapping[str, Any], prefix: str) -> M:
@@ -269,6 +275,15 @@ def _flatten(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
             yield from _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
     else:
         yield prefix, str(value)
+
+
+def _identity(section: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if _is_identity(field):
+            kept[name] = _identity(value, dumped[name]) if isinstance(value, BaseModel) else dumped[name]
+    return kept
 
 
 def _is_identity(field: Any) -> bool:

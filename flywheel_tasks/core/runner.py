@@ -56,7 +56,7 @@ def run_stage(
         stage_config.identity(),
         records,
         flat_sources,
-        _context(stage, cycle, config) | _models(stage, stage_config, store),
+        _context(stage, cycle, config) | _state(stage, store) | _models(stage, stage_config, store),
     )
     artifact = store.find(stage.name, key)
     if artifact is not None:
@@ -179,8 +179,8 @@ def _expand_all(stage: Stage, field: str, patterns: tuple[str, ...]) -> dict[str
     """Size and modification time of every file that the globs name."""
     found: dict[str, tuple[int, int]] = {}
     for pattern in patterns:
-        matched = _expand(pattern)
-        if not matched:
+        matched = expand(pattern)
+        if not matched and field not in stage.may_be_empty:
             raise InputError(f"{stage.name}.{field}: no file matches '{pattern}': check the path")
         found.update(matched)
     return found
@@ -203,7 +203,8 @@ def _shared_folders(uris: Iterable[str]) -> int:
     return shared
 
 
-def _expand(pattern: str) -> dict[str, tuple[int, int]]:
+def expand(pattern: str) -> dict[str, tuple[int, int]]:
+    """Size and modification time of every file that a glob names."""
     if "://" not in pattern or pattern.startswith("file://"):
         paths = glob.glob(os.path.abspath(pattern.removeprefix("file://")), recursive=True)
         files = [Path(path) for path in paths if os.path.isfile(path)]
@@ -232,6 +233,15 @@ def _context(stage: Stage, cycle: str, config: FlywheelConfig) -> dict[str, str]
     if stage.uses_cycle:
         context["cycle"] = cycle
     return context
+
+
+def _state(stage: Stage, store: Store) -> dict[str, str]:
+    """Names and sizes of append-only records, such as the ledger of champions."""
+    listed = {folder: store.storage.list(folder) for folder in stage.state}
+    return {
+        f"state {folder}": " ".join(f"{info.base_name}:{info.size}" for info in infos)
+        for folder, infos in listed.items()
+    }
 
 
 def _models(stage: Stage, stage_config: StageConfig, store: Store) -> dict[str, str]:

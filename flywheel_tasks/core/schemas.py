@@ -89,6 +89,8 @@ PAIR = pa.schema(
     )
 )
 """Two responses to a prompt; deltas are y0 minus y1."""
+TASK = pa.schema([*PAIR, *_fields("task_id cycle left digest reviewers", {"reviewers": pa.int32()})])
+"""A pair as it was shown to annotators: which response stood left, and the digest of all they saw."""
 ANSWER = pa.struct(_fields("name about answer"))
 ANNOTATION = pa.schema(
     _fields(
@@ -138,6 +140,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "conversation": CONVERSATION,
     "prompt": PROMPT,
     "pair": PAIR,
+    "task": TASK,
     "annotation": ANNOTATION,
     "preference": PREFERENCE,
     "completion": COMPLETION,
@@ -154,6 +157,7 @@ USER_COLUMNS: dict[str, str] = {
     "conversation": "user",
     "prompt": "user",
     "pair": "user",
+    "task": "user",
     "annotation": "user",
     "preference": "user",
     "completion": "user",

@@ -67,10 +67,12 @@ class Inputs:
 
     def json(self, name: str) -> Any:
         """The JSON output, or None where an optional input is absent."""
-        if not self._artifacts.get(name):
-            return None
-        artifact, output = self.artifact(name)
-        return artifact.json(output)
+        found = self.maybe(name)
+        return found[0].json(found[1]) if found else None
+
+    def maybe(self, name: str) -> tuple[Artifact, str] | None:
+        """The artifact behind an input and the output that is meant, or None where an optional input is absent."""
+        return self._artifacts.get(name)
 
     def artifact(self, name: str) -> tuple[Artifact, str]:
         """The artifact behind an input and the name of the output that is meant."""
@@ -95,11 +97,15 @@ class Stage:
     inputs: Mapping[str, Input] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     """Config fields that hold globs of files from outside the store."""
+    may_be_empty: tuple[str, ...] = ()
+    """Those of `sources` that may match nothing yet."""
     resources: Resources = Resources()
     schedule: Literal["weekly", "daily"] = "weekly"
     uses_user_key: bool = False
     uses_cycle: bool = False
     """The content depends on which week it is, so the same inputs give another artifact in another cycle."""
+    state: tuple[str, ...] = ()
+    """Folders of the store that the stage reads beside its inputs: what they list enters the key."""
     models: tuple[str, ...] = ()
     """Config fields (dotted) that name a model: a folder, a file or package:NAME, whose content enters the key."""
     data: tuple[str, ...] = ()

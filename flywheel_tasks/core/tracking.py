@@ -53,6 +53,7 @@ class AttemptRecord:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     run_id: str | None = None
+    page: str = ""
     sent_metrics: int = 0
 
     def metric(self, name: str, value: float, step: int | None) -> None:
@@ -129,6 +130,8 @@ class Tracker:
             except FlywheelError as second:
                 print(f"warning: and the store did not take it either: {second}", file=sys.stderr)
         else:
+            if record.page:
+                print(f"{record.stage}: MLflow {record.page}", file=sys.stderr)
             self._send_pending()
 
     def _send_while_running(self, record: AttemptRecord, done: threading.Event) -> None:
@@ -185,6 +188,7 @@ class Tracker:
             "git_commit": record.commit,
         }
         run = client.create_run(experiment, start_time=_milliseconds(record.started), tags=tags)
+        record.page = _page(self._uri, experiment, str(run.info.run_id))
         return str(run.info.run_id)
 
     def _log_metrics(self, client: Any, record: AttemptRecord) -> None:
@@ -228,6 +232,12 @@ class Tracker:
             return str((self._storage.read(path) or b"").decode())
         client.set_terminated(run_id)
         return run_id
+
+
+def _page(uri: str, experiment: str, run_id: str) -> str:
+    """Where a person sees the run: the server's own page, or that of the UI over a local database."""
+    server = os.environ.get("FLYWHEEL_MLFLOW_UI") or (uri if uri.startswith("http") else "")
+    return f"{without_password(server).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if server else ""
 
 
 def _client(uri: str) -> Any:

@@ -21,6 +21,29 @@ class Tuned(StageConfig):
 STAGES = {stage.name: stage.config for stage in pipeline.STAGES} | {"tune": Tuned}
 
 
+class Placed(StageConfig):
+    rate: float = 0.5
+    cores: int = Field(1, json_schema_extra=Operational)
+
+
+class Nested(StageConfig):
+    place: Placed = Placed()
+
+
+def test_where_a_stage_runs_is_no_part_of_what_it_makes_however_deep() -> None:
+    assert Nested(place=Placed(cores=8)).identity() == Nested().identity() == {"place": {"rate": 0.5}}
+    assert Nested(place=Placed(rate=0.1)).identity() != Nested().identity()
+
+
+class Sampled(StageConfig):
+    place: Placed = Placed(rate=0.25, cores=4)
+
+
+def test_setting_one_key_of_a_section_leaves_its_others_as_the_stage_has_them() -> None:
+    found = load(STAGES | {"draw": Sampled}, "demo", overrides=["draw.place.cores=8"]).stages["draw"]
+    assert found == Sampled(place=Placed(rate=0.25, cores=8))
+
+
 class Modelled(StageConfig):
     base: ModelConfig = model_of("reward", "where training starts")
     pool: tuple[ModelConfig, ...] = model_of("candidates", "further policies")

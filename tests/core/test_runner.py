@@ -227,3 +227,15 @@ def test_a_stray_file_beside_the_artifacts_disturbs_nobody(
     (tmp_path / "store" / "artifacts" / ".DS_Store").write_bytes(b"")
     (tmp_path / "store" / "artifacts" / "drill-first" / ".snapshot").mkdir()
     assert len(list(store.artifacts())) == 1
+
+
+def test_what_a_folder_of_the_store_lists_enters_the_key(tmp_path: Path) -> None:
+    config = config_for(str(tmp_path / "store"))
+    store = Store(config.store.uri)
+    stage = replace(FIRST, state=("champion/ledger",))
+    keys = []
+    for entry in (None, "000001.json"):
+        if entry:
+            store.storage.put(f"champion/ledger/{entry}", b"{}")
+        keys.append(run_stage(stage, CYCLE, config, store).artifact.manifest.key)
+    assert keys[0] != keys[1] == run_stage(stage, CYCLE, config, store).artifact.manifest.key

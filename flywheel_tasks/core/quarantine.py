@@ -1,0 +1,33 @@
+"""Rows that a stage leaves out, as rows of the quarantine: an id, a reason, whose they are; never their words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flywheel_tasks.core import schemas
+
+FORGOTTEN = "forgotten"
+
+
+def quarantined(rows: pa.Table, id_column: str, reason: str | Sequence[str]) -> pa.Table:
+    """All of `rows`, for one reason or for one each. Users come from the column `user` where there is one."""
+    reasons = [reason] * rows.num_rows if isinstance(reason, str) else list(reason)
+    names, nothing = rows[id_column].cast(pa.string()), pa.nulls(rows.num_rows, pa.string())
+    users = rows["user"] if "user" in rows.column_names else nothing
+    return pa.table([names, pa.array(reasons, pa.string()), names, users, nothing], schema=schemas.QUARANTINE)
+
+
+def without(
+    rows: pa.Table, forgotten: Iterable[str], id_column: str, user_column: str = "user"
+) -> tuple[pa.Table, pa.Table]:
+    """The rows of everybody else, and those of forgotten users as quarantine that names nobody."""
+    names = pa.array(sorted(forgotten), pa.string())
+    theirs = pc.fill_null(pc.is_in(rows[user_column], names), False)
+    gone = rows.filter(theirs)
+    if not gone.num_rows:
+        return rows, schemas.QUARANTINE.empty_table()
+    refused = quarantined(gone.select([id_column]), id_column, FORGOTTEN)
+    return rows.filter(pc.invert(theirs)), refused
