@@ -1,0 +1,34 @@
+"""Our generation stage, engine already started: rows in, committed chunks of completions out."""
+
+from __future__ import annotations
+
+import atexit
+import tempfile
+
+import pyarrow.parquet as pq
+
+from benchmarks.generation_prompts import CHARACTERS, CONFIG, MODEL, sampling
+from flywheel_tasks.core.config import ModelConfig
+from flywheel_tasks.core.partial import Partial
+from flywheel_tasks.core.storage import Storage
+from flywheel_tasks.models.engine import Engine
+from flywheel_tasks.models.generate import cards, complete, encoder, prompt_room, template_of
+
+ENGINE = Engine(ModelConfig(path=MODEL), CONFIG).__enter__()
+atexit.register(ENGINE.close)
+TEMPLATE = template_of(ENGINE)
+
+
+def generate(prompts: str, k: int, max_tokens: int) -> dict[str, float]:
+    rows, draw = pq.read_table(prompts), sampling(k, max_tokens)
+    encode = encoder(TEMPLATE, cards(CHARACTERS), prompt_room(ENGINE, draw))
+    with tempfile.TemporaryDirectory() as store:
+        partial = Partial(Storage(f"file://{store}"), "bench", "0" * 32)
+        chunks = list(complete(ENGINE, TEMPLATE, rows, encode, draw, "bench", partial=partial))
+    stats = ENGINE.stats()
+    return {
+        "responses": sum(len(chunk.table) for chunk in chunks),
+        "tokens": float(sum(sum(chunk.table.column("tokens").to_pylist()) for chunk in chunks)),
+        "cached_share": round(stats["cached_tokens"] / stats["prompt_tokens"], 3),
+        "engine_busy_share": round(stats["busy_seconds"] / stats["seconds"], 3),
+    }

@@ -1,0 +1,69 @@
+"""Models as folders: merged weights that vLLM and transformers read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flywheel_tasks.models.heads import RewardModel, save_head
+from flywheel_tasks.models.load import Policy
+
+_SHARD = "5GB"
+
+
+def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """Merged safetensors, configuration, tokenizer and chat template: a folder that vLLM serves as it is."""
+    _save_model(policy, tokenizer, folder)
+
+
+def save_scorer(scorer: RewardModel, tokenizer: Any, folder: Path) -> None:
+    """The merged trunk, its tokenizer and its head."""
+    _save_model(scorer, tokenizer, folder)
+    save_head(scorer, folder)
+
+
+def merged_weights(policy: Policy | RewardModel) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its transformers name, adapters merged in fp32 and rounded once. The module stays as it is."""
+    base = _base(policy.model)
+    adapters = {name: module for name, module in base.named_modules() if getattr(module, "lora_A", None)}
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if ".lora_" in name:
+                continue
+            owner, _, leaf = name.rpartition(".base_layer.")
+            if owner and leaf == "weight":
+                parameter = _merged(parameter, adapters[owner])
+            yield (f"{owner}.{leaf}" if owner else name), parameter.detach()
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _merged(weight: Tensor, module: Any) -> Tensor:
+    if module.merged or module.disable_adapters:
+        return weight
+    delta = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            delta += module.get_delta_weight(name).float()
+    return (weight.float() + delta).to(weight.dtype)
+
+
+def _save_model(policy: Policy | RewardModel, tokenizer: Any, folder: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    base = _base(policy.model)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in merged_weights(policy)}
+    save_torch_state_dict(weights, folder, max_shard_size=_SHARD, metadata={"format": "pt"})
+    config = base.config.__class__.from_dict(base.config.to_dict())
+    config.architectures = [type(base).__name__]
+    config.save_pretrained(folder)
+    if getattr(base, "generation_config", None) is not None and base.can_generate():
+        base.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

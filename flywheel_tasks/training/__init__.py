@@ -1,0 +1,1 @@
+"""Pure losses, batching and the one training loop (Sec. 2.3, 2.4)."""

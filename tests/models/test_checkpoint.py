@@ -1,0 +1,128 @@
+"""A checkpoint is read by others: transformers and peft get from the folder what training had in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.models.checkpoint import merged_weights, save_policy
+from flywheel_tasks.models.load import Policy, load_policy
+from flywheel_tasks.models.lora import Lora
+from flywheel_tasks.models.packed import pack
+from tests.models.small import flat_targets, template, token_rows
+from tests.tiny_llama import build_tiny_llama
+
+ROWS = token_rows(2, [20, 33])
+
+
+RANK4 = Lora(rank=4)
+
+
+def trained(folder: Path, lora: Lora | None = RANK4, dtype: torch.dtype = torch.float32) -> Policy:
+    """A policy whose trained weights have moved."""
+    policy = load_policy(folder, lora=lora, dtype=dtype)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (p for p in policy.parameters() if p.requires_grad):
+            parameter.add_(torch.randn(parameter.shape, generator=draw).to(parameter.dtype) * 0.05)
+    return policy
+
+
+def values(policy: Policy) -> torch.Tensor:
+    with torch.no_grad():
+        return policy(pack(ROWS), flat_targets(ROWS)).logprob
+
+
+def transformers_values(model: Any) -> torch.Tensor:
+    out = []
+    with torch.no_grad():
+        for row in ROWS:
+            ids = torch.from_numpy(row)[None]
+            whole = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
+            out.append(whole.gather(1, ids[0, 1:, None])[:, 0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("lora", [Lora(rank=4), None], ids=["lora", "full"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_reads_the_merged_model(tmp_path: Path, lora: Lora | None, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = build_tiny_llama(tmp_path / "base", tied=tied)
+    policy = trained(base, lora)
+    save_policy(policy, template(base).tokenizer, tmp_path / "saved")
+    model, found = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32, output_loading_info=True
+    )
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    torch.testing.assert_close(transformers_values(model), values(policy), atol=1e-4, rtol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert tokenizer.chat_template == template(base).tokenizer.chat_template
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == [1, 4]
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_merging_is_peft_s_own_and_leaves_the_policy_alone(tiny_model: Path) -> None:
+    policy = trained(tiny_model)
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    ours = {name: tensor.clone() for name, tensor in merged_weights(policy)}
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
+    theirs = policy.model.merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_bfloat16_weights_are_rounded_once(tiny_model: Path) -> None:
+    policy = trained(tiny_model, dtype=torch.bfloat16)
+    weights = dict(merged_weights(policy))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    module = policy.blocks[0].self_attn.q_proj
+    exact = module.base_layer.weight.float() + module.get_delta_weight("default").float()
+    assert torch.equal(weights["model.layers.0.self_attn.q_proj.weight"], exact.to(torch.bfloat16))
+
+
+def test_a_model_with_weights_missing_is_refused_not_made_up(tiny_model: Path, tmp_path: Path) -> None:
+    policy = load_policy(tiny_model, dtype=torch.float32)
+    save_policy(policy, template(tiny_model).tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {n: t for n, t in weights.items() if "layers.1.mlp" not in n}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(InputError, match=r"lacks model.layers.1.mlp.down_proj.weight and 2 more"):
+        load_policy(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_policy(tmp_path)
+
+
+def test_lora_on_linears_that_are_not_there_names_those_that_are(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=r"c_attn: .*it has .*q_proj"):
+        load_policy(tiny_model, lora=Lora(targets=("c_attn",)))
+
+
+def trained_state(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def test_adapters_start_alike_in_every_worker(tiny_model: Path) -> None:
+    torch.manual_seed(1)
+    first = trained_state(load_policy(tiny_model, lora=Lora(rank=4), seed=3))
+    torch.manual_seed(2)
+    drawn = torch.rand(1)
+    torch.manual_seed(2)
+    second = trained_state(load_policy(tiny_model, lora=Lora(rank=4), seed=3))
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_adapter_on_the_head_is_refused_since_it_would_not_be_trained() -> None:
+    with pytest.raises(ValueError, match=r"lora\.targets lm_head"):
+        Lora(targets=("q_proj", "lm_head"))
