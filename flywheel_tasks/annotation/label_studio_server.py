@@ -1,0 +1,75 @@
+"""A Label Studio server, as far as annotation needs one: a project for each mode of an export, and people's answers."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from flywheel_tasks.annotation.label_studio import SERVER
+from flywheel_tasks.annotation.publish import tasks
+from flywheel_tasks.core.errors import ConfigError, FlywheelError
+from flywheel_tasks.core.schemas import MODES
+
+
+class Server:
+    """Calls with an access token (Account & Settings → Legacy Token in Label Studio's own pages)."""
+
+    def __init__(self, url: str, token: str, seconds: float = 120) -> None:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise ConfigError(f"Label Studio at '{url}': give an http(s):// address")
+        self.url, self._token, self._seconds = url.rstrip("/"), token, seconds
+
+    @property
+    def name(self) -> str:
+        """What tells its people from those of another server."""
+        return urlsplit(self.url).netloc.rpartition("@")[2][:80]
+
+    def create_project(self, title: str, page: str, reviewers: int) -> int:
+        body = {
+            "title": title,
+            "label_config": page,
+            "maximum_annotations": reviewers,
+            "show_skip_button": True,
+            "enable_empty_annotation": False,
+            "show_collab_predictions": False,
+        }
+        return int(self.call("POST", "/api/projects/", body)["id"])
+
+    def add_tasks(self, project: int, rows: list[dict[str, Any]]) -> int:
+        return int(self.call("POST", f"/api/projects/{project}/import", rows)["task_count"])
+
+    def export(self, project: int) -> bytes:
+        """Every task with its annotations, as a `.json` delivery holds them."""
+        path = f"/api/projects/{project}/export?exportType=JSON&download_all_tasks=false"
+        return json.dumps(self.call("GET", path), ensure_ascii=False).encode()
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Authorization": f"Token {self._token}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=self._seconds) as response:  # noqa: S310
+                content = response.read()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            raise FlywheelError(f"Label Studio refused {method} {path} ({error.code}): {said}") from error
+        except OSError as error:
+            raise FlywheelError(f"Label Studio at {self.url} does not answer: {error}: is it running?") from error
+        return json.loads(content) if content else None
+
+
+def push(server: Server, title: str, files: Mapping[str, bytes]) -> dict[str, int]:
+    """One project for each mode of an export folder's files; gives mode → project."""
+    reviewers: dict[str, int] = {task.mode: task.reviewers for task in tasks(files["tasks.jsonl"])}
+    projects: dict[str, int] = {}
+    for mode in MODES:
+        if mode in reviewers:
+            page = files[f"label_studio/{mode}.xml"].decode()
+            projects[mode] = server.create_project(f"{title} {mode}"[:50], page, reviewers[mode])
+            rows = json.loads(files[f"label_studio/{mode}.json"])
+            server.add_tasks(projects[mode], [{"data": row["data"] | {SERVER: server.name}} for row in rows])
+    return projects
