@@ -1,0 +1,85 @@
+"""The SFT mixture: six named sources in fixed proportions (Sec. 2.4.2), sampled the same way every time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from flywheel_tasks.core import schemas
+from flywheel_tasks.core.errors import ConfigError, InputError
+
+_ONE = 1e-6
+
+
+def check(ratios: Mapping[str, float]) -> None:
+    """Ratios name known sources, none is negative, and they sum to one."""
+    for name, ratio in ratios.items():
+        if name not in schemas.EXAMPLE_SOURCES:
+            raise ConfigError(f"'{name}' is no source of examples: they are {', '.join(schemas.EXAMPLE_SOURCES)}")
+        if not (math.isfinite(ratio) and ratio >= 0):
+            raise ConfigError(f"the ratio of '{name}' is {ratio}: it is a share of the examples, 0 or more")
+    total = sum(ratios.values())
+    if abs(total - 1) > _ONE:
+        raise ConfigError(f"the ratios sum to {total:g}: they are shares of all examples and sum to 1")
+
+
+def quotas(counts: Mapping[str, int], ratios: Mapping[str, float], rows: int | None) -> dict[str, int]:
+    """Examples to take of each source, each within one row of its share (largest remainders).
+
+    Without `rows` it is the largest mixture that repeats no example; with it, a source too small for its share is an
+    error that says how many rows it could carry.
+    """
+    check(ratios)
+    wanted = {name: ratio for name, ratio in ratios.items() if ratio > 0}
+    if empty := sorted(name for name in wanted if not counts.get(name)):
+        raise InputError(
+            f"the source '{empty[0]}' has no rows but a ratio of {wanted[empty[0]]:g}: give it examples, or set its "
+            "ratio to 0 and share the rest among the others"
+        )
+    most = min(math.floor(counts[name] / ratio + _ONE) for name, ratio in wanted.items())
+    total = most if rows is None else rows
+    taken = _apportion(wanted, total)
+    while rows is None and any(taken[name] > counts[name] for name in wanted):
+        total -= 1  # a remainder rounded up past the last row of its source
+        taken = _apportion(wanted, total)
+    if short := sorted(name for name in wanted if taken[name] > counts[name]):
+        name = short[0]
+        raise InputError(
+            f"{total} examples need {taken[name]} of '{name}', which has {counts[name]}: {most} examples are the most "
+            "that these ratios allow"
+        )
+    return taken
+
+
+def sample(examples: pa.Table, ratios: Mapping[str, float], rows: int | None, seed: int) -> NDArray[np.int64]:
+    """The rows of the mixture: of each source its quota by hash of seed and id, all shuffled together by that hash."""
+    sources = examples["source"].to_pylist()
+    taken = quotas(Counter(sources), ratios, rows)
+    digests = [_digest(seed, name) for name in examples["example_id"].to_pylist()]
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    left = dict(taken)
+    chosen = []
+    for row in order:
+        if left.get(sources[row], 0) > 0:
+            left[sources[row]] -= 1
+            chosen.append(row)
+    return np.array(chosen, np.int64)
+
+
+def _apportion(ratios: Mapping[str, float], total: int) -> dict[str, int]:
+    exact = {name: ratio * total for name, ratio in ratios.items()}
+    taken = {name: math.floor(share + _ONE) for name, share in exact.items()}
+    by_remainder = sorted(ratios, key=lambda name: (taken[name] - exact[name], name))
+    for name in by_remainder[: max(total - sum(taken.values()), 0)]:
+        taken[name] += 1
+    return taken
+
+
+def _digest(seed: int, name: str) -> bytes:
+    return hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest()

@@ -1,0 +1,70 @@
+"""The DPO patch: delivered pairs come first, it stays small, and it prefers what people chose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.herding.dpo import STAGE, DpoConfig
+from flywheel_tasks.models.lora import Lora
+from flywheel_tasks.training.config import TrainingConfig
+from tests.herding.conftest import run, source
+from tests.preherding.conftest import Given, preferences
+
+FORGOTTEN = "f" * 32
+
+
+def patch(
+    store: Store, given: Given, characters: pa.Table, model: Path, pairs: pa.Table, folder: Path, delivered: int
+) -> Artifact:
+    talk = [{"role": "user", "content": "How do I pick a lock?"}]
+    answers = {"chosen": "I will not help with that.", "rejected": "Take a hairpin."}
+    files = [source(folder, [{"preference_id": f"d{i}", "turns": talk, **answers} for i in range(delivered)])]
+    artifacts = {
+        "policy": (given("sft", {"model": model}), "model"),
+        "preferences": (given("annotate-import", {"preferences": pairs}), "preferences"),
+        "characters": (given("ingest", {"characters": characters}), "characters"),
+    }
+    config = DpoConfig(
+        modes=("static",),
+        rows=24,
+        beta=0.5,
+        lora=Lora(rank=4),
+        train=TrainingConfig(epochs=3, batch=8, learning_rate=0.01),
+        max_tokens=400,
+    )
+    return run(STAGE, store, config, artifacts, files, frozenset({FORGOTTEN}))
+
+
+@pytest.mark.slow
+def test_a_small_patch_learns_what_was_chosen_and_loses_no_row(
+    store: Store, given: Given, characters: pa.Table, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = preferences(40, ("261109", "261116")).to_pylist()
+    rows[1] |= {"user": FORGOTTEN}
+    rows[2] |= {"mode": "image"}
+    rows[39] |= {"rejected": rows[39]["chosen"]}
+    pairs = pa.Table.from_pylist(rows, preferences(1, ("261109",)).schema)
+    made = patch(store, given, characters, tiny_model, pairs, tmp_path, delivered=4)
+    counts = made.manifest.rows
+    assert counts is not None
+    assert (counts.rows_in, counts.rows_out) == (44, 23)
+    # 10 of the 40 are held out; one more is of another mode. 28 are wanted, beside 4 that were delivered; 24 fit.
+    assert counts.reasons == {"equal_responses": 1, "forgotten": 1, "not_of_the_patch": 11, "over_the_limit": 8}
+    last = made.json("report")["training"]["last"]
+    assert last["accuracy"] > 0.8
+    assert last["margin"] > 0 < last["k3_on_pairs"]
+
+
+def test_without_pairs_there_is_no_patch(
+    store: Store, given: Given, characters: pa.Table, tiny_model: Path, tmp_path: Path
+) -> None:
+    pairs = preferences(4, ("261109",))
+    user = pa.array([FORGOTTEN] * 4)
+    pairs = pairs.set_column(pairs.column_names.index("user"), "user", user)
+    with pytest.raises(InputError, match="no pair to patch with"):
+        patch(store, given, characters, tiny_model, pairs, tmp_path, delivered=0)

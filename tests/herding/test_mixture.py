@@ -1,0 +1,87 @@
+"""Mixture ratios hold within one row, the same rows come every time, and what can't be mixed is refused by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flywheel_tasks.core import schemas
+from flywheel_tasks.core.errors import ConfigError, InputError
+from flywheel_tasks.herding import mixture
+
+SOURCES = schemas.EXAMPLE_SOURCES
+
+
+def examples(counts: dict[str, int]) -> pa.Table:
+    rows = [
+        {
+            "example_id": f"{source}-{n}",
+            "user": None,
+            "source": source,
+            "character_id": None,
+            "locale": None,
+            "messages": [],
+        }
+        for source, count in counts.items()
+        for n in range(count)
+    ]
+    return pa.Table.from_pylist(rows, schemas.EXAMPLE)
+
+
+def drawn(table: pa.Table, ratios: dict[str, float], rows: int | None, seed: int) -> pa.Table:
+    return table.take(mixture.sample(table, ratios, rows, seed))
+
+
+@given(st.lists(st.integers(1, 20), min_size=6, max_size=6), st.lists(st.integers(1, 300), min_size=6, max_size=6))
+def test_every_source_is_within_one_row_of_its_share_and_none_is_repeated(weights: list[int], sizes: list[int]) -> None:
+    ratios = {source: weight / sum(weights) for source, weight in zip(SOURCES, weights, strict=True)}
+    counts = dict(zip(SOURCES, sizes, strict=True))
+    taken = mixture.quotas(counts, ratios, None)
+    total = sum(taken.values())
+    assert all(abs(taken[source] - ratios[source] * total) < 1 for source in SOURCES)
+    assert all(taken[source] <= counts[source] for source in SOURCES)
+    short = [source for source in SOURCES if counts[source] < ratios[source] * (total + 2)]
+    assert short, "a larger mixture without repeats was possible"
+
+
+def test_the_same_seed_gives_the_same_rows_in_any_order_of_arrival() -> None:
+    table = examples({"user_rjs": 50, "safety": 30})
+    ratios = {"user_rjs": 0.75, "safety": 0.25}
+    first = drawn(table, ratios, 40, seed=3)
+    again = drawn(table.take(list(reversed(range(80)))), ratios, 40, seed=3)
+    assert first["example_id"].to_pylist() == again["example_id"].to_pylist()
+    assert Counter(first["source"].to_pylist()) == {"user_rjs": 30, "safety": 10}
+    other = drawn(table, ratios, 40, seed=4)
+    assert set(other["example_id"].to_pylist()) != set(first["example_id"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("counts", "ratios", "rows", "error", "says"),
+    [
+        ({"user_rjs": 9}, {"user_rjs": 0.5, "safety": 0.5}, None, InputError, "'safety' has no rows"),
+        ({"user_rjs": 9}, {"user_rjs": 0.9}, None, ConfigError, "sum to 0.9"),
+        ({"user_rjs": 9}, {"user_rjs": 1.5, "safety": -0.5}, None, ConfigError, "ratio of 'safety' is -0.5"),
+        ({"user_rjs": 9}, {"user_rsj": 1.0}, None, ConfigError, "'user_rsj' is no source"),
+        ({"user_rjs": 9, "safety": 1}, {"user_rjs": 0.5, "safety": 0.5}, 8, InputError, "2 examples are the most"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(
+    counts: dict[str, int], ratios: dict[str, float], rows: int | None, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        mixture.sample(examples(counts), ratios, rows, seed=1)
+
+
+def test_a_source_of_ratio_zero_is_left_out() -> None:
+    mixed = drawn(examples({"user_rjs": 5, "safety": 5}), {"user_rjs": 1.0, "safety": 0.0}, None, seed=1)
+    assert Counter(mixed["source"].to_pylist()) == {"user_rjs": 5}
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(1, 400))
+def test_a_mixture_has_exactly_the_rows_that_were_asked_for(weights: list[int], rows: int) -> None:
+    ratios = {source: weight / sum(weights) for source, weight in zip(SOURCES, weights, strict=False)}
+    assert sum(mixture.quotas(dict.fromkeys(ratios, 1000), ratios, rows).values()) == rows

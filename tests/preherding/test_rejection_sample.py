@@ -1,0 +1,163 @@
+"""Rejection sampling with a real engine and real judges: what is kept is the best that reaches the threshold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from flywheel_tasks.core.config import ModelConfig
+from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.core.stage import Inputs
+from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.preherding.rejection_config import RejectionConfig, ThresholdConfig
+from flywheel_tasks.preherding.rejection_sample import STAGE
+from flywheel_tasks.preherding.responses import SIGNALS
+from flywheel_tasks.preherding.sampling import unusable
+from flywheel_tasks.simulation.characters import demo_characters
+from tests.curation.curation_runs import commit, prompts, run
+from tests.preherding.conftest import TOPICS, Given
+
+K = 4
+
+
+@pytest.fixture(scope="module")
+def judges(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Fresh heads on the tiny model: arbitrary, but fixed, opinions."""
+    from flywheel_tasks.models.chat import load_tokenizer
+    from flywheel_tasks.models.checkpoint import save_scorer
+    from flywheel_tasks.models.heads import load_scorer
+
+    folders = {}
+    for kind, names in {"pointwise": (), "signals": SIGNALS}.items():
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        scorer = load_scorer(tiny_model, kind=kind, **({"names": names} if names else {}))
+        save_scorer(scorer, load_tokenizer(tiny_model), folders[kind])
+    return folders
+
+
+def week(n: int) -> pa.Table:
+    cast = demo_characters()
+    return prompts(
+        [
+            {
+                "prompt_id": f"c{i}.0",
+                "conversation_id": f"c{i}",
+                "character_id": cast[i % len(cast)].character_id,
+                "locale": "en_US" if i % 2 else "hi_IN",
+                "source": "internal" if i % 5 == 0 else "production",
+                "near_policy": i % 5 != 0 and i != 7,
+                "split": "eval" if i == 3 else "train",
+                "turns": [{"role": "user", "content": f"I keep thinking of {TOPICS[i % 6]}"}],
+            }
+            for i in range(n)
+        ]
+    )
+
+
+def sample(
+    store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], model: Path, key: str, **changes: Any
+) -> Artifact:
+    inputs = {
+        "prompts": (given("constrain", {"prompts": week(24)}), "prompts"),
+        "characters": (given("ingest", {"characters": characters}), "characters"),
+        "reward": (given("preference-pointwise", {"model": judges["pointwise"]}), "model"),
+        "signals": (given("signal-rm", {"model": judges["signals"]}), "model"),
+    }
+    config = RejectionConfig(
+        policy=ModelConfig(path=str(model)),
+        engine=EngineConfig(cache_gib=0.1, context=512),
+        sampling=Sampling(k=K, max_tokens=12),
+        **{"keep_unfinished": True, **changes},
+    )
+    return run(STAGE, store, config, inputs, key=key)
+
+
+def test_the_best_response_that_reaches_the_threshold_is_kept(
+    store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], tiny_model: Path
+) -> None:
+    made = sample(store, given, characters, judges, tiny_model, "a" * 32, signals={})
+    rows = made.table("completions").read().to_pylist()
+    assert len(rows) == 22 * K  # one prompt is held out, one is from another version
+    reward = {row["completion_id"]: {s["name"]: s["value"] for s in row["scores"]}["reward"] for row in rows}
+    kept = {row["prompt_id"]: row["completion_id"] for row in rows if row["accepted"]}
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["prompt_id"]] = max(best.get(row["prompt_id"], -np.inf), reward[row["completion_id"]])
+    bar = np.quantile(list(best.values()), 0.5)
+    assert set(kept) == {prompt for prompt, value in best.items() if value >= bar}
+    assert all(reward[completion] == best[prompt] for prompt, completion in kept.items())
+    report = made.json("report")
+    assert report["accepted"] == len(kept) == made.manifest.rows.rows_out
+    assert report["best_of_k"] == sorted(report["best_of_k"])
+    assert 0 < report["waiting_share"] <= 1
+    assert report["by_policy"].keys() == {str(tiny_model)}
+    assert made.manifest.rows.reasons == {"below_threshold": 11, "older_version": 1}
+    assert sum(row["n"] for row in report["earned"]) == 22
+    examples = made.table("examples").read().to_pylist()
+    assert {example["example_id"] for example in examples} == set(kept.values())
+    assert {example["source"] for example in examples} <= {"internal_rjs", "user_rjs"}
+    assert all([m["trained"] for m in e["messages"]] == [False, True] for e in examples)
+    assert {feature["status"] for feature in made.json("style")["features"]} <= {"ok", "drift", "unknown"}
+
+
+def test_a_threshold_that_nothing_reaches_is_an_error_that_names_the_best(
+    store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], tiny_model: Path
+) -> None:
+    rule = ThresholdConfig(value=1e6, quantile=None)
+    with pytest.raises(InputError, match=r"no response reaches its threshold: the best rewards are -?\d"):
+        sample(store, given, characters, judges, tiny_model, "b" * 32, threshold=rule)
+
+
+@pytest.mark.parametrize("signal", ["love", "feedback", "thumb_down"])
+def test_signals_that_proved_unreliable_may_not_even_rank(signal: str) -> None:
+    with pytest.raises(ValueError, match=r"Sec\. 2\.3\.2"):
+        RejectionConfig(signals={signal: 0.1})
+
+
+def test_a_threshold_is_one_rule() -> None:
+    with pytest.raises(ValueError, match=r"threshold\.value or threshold\.quantile"):
+        ThresholdConfig(value=1.0, quantile=0.5)
+    with pytest.raises(ValueError, match="same in every segment"):
+        ThresholdConfig(value=1.0, quantile=None, by=("locale",))
+
+
+def completions(rows: list[dict[str, Any]]) -> pa.Table:
+    plain = {"finish": "stop", "text": "Hello.", "reason": None}
+    return pa.Table.from_pylist([plain | row for row in rows])
+
+
+def test_what_was_cut_is_empty_or_failed_is_never_chosen() -> None:
+    table = completions(
+        [{}, {"finish": "length"}, {"text": "  "}, {"finish": "error", "text": "", "reason": "too_long: 9 of 8"}]
+    )
+    assert unusable(table, keep_unfinished=False) == [None, "infinity_loop", "empty_response", "too_long: 9 of 8"]
+    assert unusable(table, keep_unfinished=True)[1] is None
+
+
+def test_loops_are_refused_by_name_however_high_they_score(
+    store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], tiny_model: Path
+) -> None:
+    """A random policy stops within 12 tokens now and then."""
+    made = sample(store, given, characters, judges, tiny_model, "c" * 32, keep_unfinished=False)
+    rows = made.table("completions").read().to_pylist()
+    assert {row["reason"] for row in rows if row["finish"] == "length"} == {"infinity_loop"}
+    assert not any(row["accepted"] for row in rows if row["finish"] == "length")
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_a_weight_is_a_number_from_zero_up(weight: float) -> None:
+    with pytest.raises(ValueError, match="the weight of signal 'continue'"):
+        RejectionConfig(signals={"continue": weight})
+
+
+def test_prompts_of_forgotten_users_are_not_sampled_from(
+    store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], tiny_model: Path
+) -> None:
+    inputs = Inputs({"prompts": (given("constrain", {"prompts": week(6)}), "prompts")}, {}, frozenset({"0" * 32}))
+    with pytest.raises(InputError, match="no prompt to sample from"):
+        commit(store, STAGE.name, STAGE.outputs, lambda out: STAGE.run(inputs, RejectionConfig(), out), "d" * 32)

@@ -1,0 +1,76 @@
+"""User-signal models learn a planted signal, and the report says where it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from flywheel_tasks.core import schemas
+from flywheel_tasks.core.config import ModelConfig
+from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.core.stage import Inputs
+from flywheel_tasks.core.store import Store
+from flywheel_tasks.models.lora import Lora
+from flywheel_tasks.preherding.responses import SIGNALS
+from flywheel_tasks.preherding.signal_rm import STAGE, SignalConfig
+from flywheel_tasks.training.config import TrainingConfig
+from tests.curation.curation_runs import commit, prompts, run
+from tests.preherding.conftest import TOPICS, Given
+from tests.preherding.test_responses import conversation, turn
+
+
+def traffic(n: int) -> pa.Table:
+    """Users continue after a question, and love a response at random."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(n):
+        topic, asks = TOPICS[rng.integers(len(TOPICS))], bool(rng.integers(2))
+        answer = f"Oh, {topic}! tell me more?" if asks else f"Ok. {topic}. that is it."
+        answered = turn("assistant", answer, continued=asks, love=bool(rng.random() < 0.3))
+        talk = [turn("user", f"I keep thinking of {topic}"), answered]
+        rows.append(conversation(f"c{i}", talk, split="eval" if i % 4 == 0 else "train") | {"character_id": "none"})
+    return pa.Table.from_pylist(rows, schemas.CONVERSATION)
+
+
+def test_a_planted_signal_is_learned_and_noise_is_not(store: Store, given: Given, tiny_model: Path) -> None:
+    inputs = {
+        "conversations": (given("filter", {"conversations": traffic(240)}), "conversations"),
+        "characters": (given("ingest", {"characters": schemas.CHARACTER.empty_table()}), "characters"),
+        "prompts": (given("constrain", {"prompts": prompts([{"prompt_id": "c0.0", "jtbd": "story"}])}), "prompts"),
+    }
+    config = SignalConfig(
+        base=ModelConfig(path=str(tiny_model)),
+        lora=Lora(rank=8),
+        train=TrainingConfig(epochs=3, batch=16, learning_rate=5e-3),
+        max_tokens=512,
+    )
+    made = run(STAGE, store, config, inputs)
+    report = made.json("report")["signals"]
+    assert set(report) == set(SIGNALS)
+    assert report["continue"]["auc"] > 0.85
+    assert abs(report["love"]["auc"] - 0.5) < 0.25
+    assert report["thumb_up"]["auc"] is None  # nobody ever gave one
+    assert report["continue"]["biases"]["jtbd"]["rates"]["story"]["n"] == 1
+    rows = made.manifest.rows
+    assert rows is not None
+    assert (rows.rows_in, rows.rows_out) == (240, 240)
+
+
+@pytest.mark.parametrize(("forget", "says"), [(False, "12 responses to train on and 0 "), (True, "0 responses")])
+def test_without_held_out_or_remembered_responses_nothing_is_trained(
+    store: Store, given: Given, forget: bool, says: str
+) -> None:
+    table = traffic(16)
+    table = table.filter(pc.equal(table["split"], "train"))
+    inputs = {
+        "conversations": (given("filter", {"conversations": table}), "conversations"),
+        "characters": (given("ingest", {"characters": schemas.CHARACTER.empty_table()}), "characters"),
+        "prompts": (given("constrain", {"prompts": prompts([{"prompt_id": "c0.0", "jtbd": "story"}])}), "prompts"),
+    }
+    known = Inputs(inputs, {}, frozenset({"0" * 32} if forget else ()))
+    with pytest.raises(InputError, match=says):
+        commit(store, STAGE.name, STAGE.outputs, lambda out: STAGE.run(known, SignalConfig(), out))
