@@ -99,6 +99,28 @@ def measure(model: LinearModel, items: Sequence[Labelled]) -> dict[str, dict[str
     return report | {"all": _numbers(labels, scores, model.threshold)}
 
 
+def nested(task: Task, items: Sequence[Labelled], folds: int = 5) -> dict[str, dict[str, float]]:
+    """The numbers of the whole procedure, threshold and all, on texts that no part of it has seen: each fold of the
+    groups is judged by a model that was fitted, and whose threshold was chosen, on the others."""
+    groups = np.unique([item.group for item in items], return_inverse=True)[1]
+    order = np.random.default_rng(0).permutation(int(groups.max()) + 1)
+    reports = []
+    for fold in range(folds):
+        outside = order[groups] % folds == fold
+        model, _ = fit(task, [item for item, out in zip(items, outside, strict=True) if not out])
+        reports.append(measure(model, [item for item, out in zip(items, outside, strict=True) if out]))
+    return {source: _averaged([r[source] for r in reports if source in r]) for source in sorted(set().union(*reports))}
+
+
+def _averaged(numbers: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sums of rows, means of rates."""
+    found = {}
+    for name in sorted(set().union(*numbers)):
+        values = [n[name] for n in numbers if name in n]
+        found[name] = round(sum(values) if name in ("rows", "positive") else sum(values) / len(values), 4)
+    return found
+
+
 def _numbers(labels: BoolArray, scores: FloatArray, threshold: float) -> dict[str, float]:
     flagged = scores >= threshold
     hits = int((flagged & labels).sum())
@@ -172,10 +194,18 @@ def _sources(items: Sequence[Labelled]) -> Iterator[tuple[str, dict[str, Any]]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the labelled sets, one sub-folder each")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights and cards")
+    parser.add_argument("--out", type=Path, help="folder for the weights and cards")
     parser.add_argument("--only", choices=sorted(TASKS), help="fit one classifier instead of all")
+    parser.add_argument("--nested", type=int, metavar="FOLDS", help="only print what nested cross-validation finds")
     options = parser.parse_args(arguments)
     try:
+        for name in ([options.only] if options.only else TASKS) if options.nested else ():
+            task = TASKS[name]
+            print(json.dumps({name: nested(task, list(task.read(options.data)), options.nested)}, indent=1))
+        if options.nested:
+            return 0
+        if options.out is None:
+            parser.error("give --out, the folder for the weights and cards")
         for name in [options.only] if options.only else TASKS:
             card = train(name, options.data, options.out)
             print(json.dumps({name: card["held_out_half"]}, indent=1))

@@ -51,6 +51,12 @@ def model_of(store: Store, stage: str, key: str, output: str) -> Model:
     return Model(stage=stage, key=key, output=output, sha256=record.sha256)
 
 
+def answered_as(responses: Artifact, name: str) -> Model | None:
+    """The checkpoint that answered the evaluation prompts as `name`; None where it is not of the store."""
+    record = responses.manifest.inputs.get(name)
+    return model_of(Store(responses.storage.uri), record.stage, record.key, record.output) if record else None
+
+
 def conclude(store: Store, gate: Artifact, model: Model | None, max_age_days: float = 14) -> Entry | None:
     """What follows from a gate's decision without a person: PASS nominates, BLOCK refuses, HOLD leaves all as it is."""
     decision = gate.json("decision")
@@ -93,7 +99,8 @@ def answer(
 def crown(store: Store, readout: Artifact, by: str = "the readout") -> Entry | None:
     """The candidate becomes champion where its closed readout says ship; else nothing changes and None is returned.
 
-    A readout counts once: what was rolled back is not crowned again by the same numbers.
+    A readout counts once: what was rolled back is not crowned again by the same numbers. It crowns the model that its
+    test arm was served, and no other.
     """
     found: Mapping[str, Any] = readout.json("readout")
     experiment = str(found.get("experiment") or "")
@@ -109,6 +116,12 @@ def crown(store: Store, readout: Artifact, by: str = "the readout") -> Entry | N
         if nominated is None or nominated.model is None:
             raise InputError(f"{experiment} shipped, but no candidate of {cycle} was nominated: nothing to crown")
         because = _name(readout)
+        tested = found.get("candidate") or {}
+        if tested.get("sha256") != nominated.model.sha256:
+            raise InputError(
+                f"{because} tested {tested.get('artifact') or 'a model that it does not name'}, "
+                f"the candidate of {cycle} is {nominated.model}: expose the candidate and read its own experiment"
+            )
         crowned = [e for e in state.entries if e.action == "crown"]
         if any((e.cycle, e.model) == (cycle, nominated.model) or e.because == because for e in crowned):
             return None
@@ -120,20 +133,29 @@ def crown(store: Store, readout: Artifact, by: str = "the readout") -> Entry | N
 
 
 def rollback(store: Store, by: str, why: str, expected: str | None = None) -> Entry:
-    """The champion before this one reigns again. Where the champion changes meanwhile, nothing is done."""
+    """The champion before this one reigns again.
+
+    Two people who see the same trouble must not go back twice, so a rollback right after a rollback has to name the
+    champion (STAGE/KEY) that it removes.
+    """
     if not why.strip():
         raise InputError("a rollback says why: give a reason")
-    seen = read(store.storage)
-    if expected is not None and str(seen.champion) != expected:
-        raise InputError(f"the champion is {seen.champion or 'the base policy'}, not {expected}: nothing was changed")
 
     def decide(state: State) -> Change:
-        if state.champions != seen.champions:
-            raise InputError("the champion was changed meanwhile: look with `flywheel champion`, then decide again")
-        if len(state.champions) < 2:
+        if expected is not None and str(state.champion) != expected:
+            raise InputError(
+                f"the champion is {state.champion or 'the base policy'}, not {expected}: nothing was changed"
+            )
+        if state.champion is None:
             raise InputError("there is no champion to roll back: the base policy is in production")
-        last = next(e for e in reversed(state.entries) if e.action == "crown" and e.model == state.champion)
-        return Change("rollback", state.champions[-2], last.cycle, by, why.strip(), last.because)
+        last = next(e for e in reversed(state.entries) if e.action in ("crown", "rollback"))
+        if last.action == "rollback" and expected is None:
+            raise InputError(
+                f"{last.by} rolled back at {last.at:%Y-%m-%d %H:%M} UTC: to go back further, name the champion that "
+                f"reigns now ({state.champion})"
+            )
+        reason = next(e for e in reversed(state.entries) if e.action == "crown" and e.model == state.champion)
+        return Change("rollback", state.champions[-2], reason.cycle, by, why.strip(), reason.because)
 
     made = append(store.storage, decide)
     if made is None:

@@ -17,20 +17,24 @@ def register(app: typer.Typer) -> None:
     app.command("layout")(layout)
 
 
+Activity = Annotated[
+    list[str], typer.Option(help="Activity Parquet (unit_id, day, sends): a file or a glob; may repeat.")
+]
+Exposures = typer.Option(help="Exposure Parquet (experiment, unit_id, arm, exposed_at): a file or a glob; may repeat.")
+Experiment = Annotated[str | None, typer.Option(help="Which experiment, where the log holds several.")]
+NaiveZone = Annotated[str | None, typer.Option(help="Zone of exposure times without one (default: refuse them).")]
+BadRows = Annotated[str, typer.Option(help="Rows with nulls or negative sends: refuse, or drop (and count).")]
+
+
 def readout(
-    activity: Annotated[
-        list[str], typer.Option(help="Activity Parquet (unit_id, day, sends): a file or a glob; may repeat.")
-    ],
-    exposures: Annotated[
-        list[str] | None,
-        typer.Option(help="Exposure Parquet (experiment, unit_id, arm, exposed_at): a file or a glob; may repeat."),
-    ] = None,
+    activity: Activity,
+    exposures: Annotated[list[str] | None, Exposures] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Before launch: power and minimum detectable lift from past activity.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write the forest plot to this PNG.")] = None,
-    experiment: Annotated[str | None, typer.Option(help="Which experiment, where the log holds several.")] = None,
+    experiment: Experiment = None,
     control: Annotated[str, typer.Option(help="The arm with the current baseline.")] = "control",
     start: Annotated[
         str | None, typer.Option(help="First day of the window, YYYY-MM-DD (default: from the data).")
@@ -43,18 +47,14 @@ def readout(
         str, typer.Option(help="calendar_window, days_since_exposure or per_user_window.")
     ] = "calendar_window",
     time_zone: Annotated[str, typer.Option(help="Zone whose days the exposures follow.")] = "UTC",
-    naive_zone: Annotated[
-        str | None, typer.Option(help="Zone of exposure times without one (default: refuse them).")
-    ] = None,
+    naive_zone: NaiveZone = None,
     missing_day: Annotated[list[str] | None, typer.Option(help="Declare a day without data; may repeat.")] = None,
     pre_days: Annotated[int, typer.Option(min=0, max=28, help="Days before the window for CUPED.")] = 0,
     segment: Annotated[
         list[str] | None, typer.Option(help="Column of the exposure log to split by; may repeat.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Level of every interval and test.")] = 0.05,
-    bad_rows: Annotated[
-        str, typer.Option(help="Rows with nulls or negative sends: refuse, or drop (and count).")
-    ] = "refuse",
+    bad_rows: BadRows = "refuse",
     partition_bits: Annotated[
         int, typer.Option(min=0, max=12, help="Read the units in 2^bits parts, to save memory.")
     ] = 0,
@@ -102,42 +102,28 @@ def readout(
 
 
 def layout(
-    exposures: Annotated[list[str], typer.Option(help="Exposure Parquet: a file or a glob; may repeat.")],
-    activity: Annotated[list[str], typer.Option(help="Activity Parquet: a file or a glob; may repeat.")],
+    exposures: Annotated[list[str], Exposures],
+    activity: Activity,
     out: Annotated[Path, typer.Option(help="Folder to write units.parquet and activity-DAY.parquet to.")],
-    experiment: Annotated[str | None, typer.Option(help="Which experiment, where the log holds several.")] = None,
-    start: Annotated[
-        str | None, typer.Option(help="First day of the window, YYYY-MM-DD (default: from the data).")
-    ] = None,
-    days: Annotated[int, typer.Option(min=1, max=28, help="Days in the window.")] = 7,
-    as_of: Annotated[
-        str | None, typer.Option(help="Data is complete before this day (default: the last day with activity).")
-    ] = None,
-    pre_days: Annotated[int, typer.Option(min=0, max=28, help="Days before the window for CUPED.")] = 0,
-    time_zone: Annotated[str, typer.Option(help="Zone whose days the exposures follow.")] = "UTC",
-    naive_zone: Annotated[
-        str | None, typer.Option(help="Zone of exposure times without one (default: refuse them).")
+    experiment: Experiment = None,
+    naive_zone: NaiveZone = None,
+    bad_rows: BadRows = "refuse",
+    segment: Annotated[
+        list[str] | None, typer.Option(help="A column of the exposures that readouts may split by; may repeat.")
     ] = None,
 ) -> None:
     """Number the units of an experiment once and sort its activity by day, for readouts that are many times faster.
 
-    Run it when the day's activity arrives, then point `readout` (command or stage) at FOLDER/units.parquet and
-    FOLDER/activity-*.parquet: the lifts, sets and decision are the same to the bit.
+    The store's `expose` does this by itself. For files of your own, run it when the day's activity arrives, then
+    point `readout` (command or stage) at FOLDER/units.parquet and FOLDER/activity-*.parquet: the lifts, sets and
+    decision are the same to the bit, for any window. Of the exposures' columns only those named with --segment are
+    written beside the arm and the time.
     """
     from flywheel_tasks.release.layout import write_layout
     from flywheel_tasks.release.parts import find
 
-    config = _config(
-        {
-            "experiment": experiment,
-            "start": start,
-            "days": days,
-            "as_of": as_of,
-            "pre_days": pre_days,
-            "time_zone": time_zone,
-            "naive_zone": naive_zone,
-        }
-    )
+    choices = {"experiment": experiment, "naive_zone": naive_zone, "bad_rows": bad_rows}
+    config = _config(choices | {"segments": segment or []})
     counts = write_layout(find(exposures, "exposures"), find(activity, "activity"), config, out)
     for rule, rows in sorted(counts.items()):
         typer.echo(f"{rows:,} {rule}", err=True)

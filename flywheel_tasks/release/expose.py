@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
+import re
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from flywheel_tasks.core import schemas
@@ -16,7 +21,17 @@ from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
+from flywheel_tasks.core.tables import TableReader
+from flywheel_tasks.release import ledger
 from flywheel_tasks.release.assign import Experiment, assign, conflicts
+
+RELEASE = re.compile(r"release-\d{4}-W\d{2}")
+LAYOUTS = "experiments.json"
+"""The experiments that have a layout: the first one's is in folder 0."""
+
+
+SEGMENTS = tuple(name for name in schemas.EXPOSURE_LOG.names if name not in schemas.EXPOSURE.names)
+"""What the log says of a unit beside its exposure, so what a readout may split by."""
 
 
 class ExposeConfig(StageConfig):
@@ -27,6 +42,7 @@ class ExposeConfig(StageConfig):
     min_sends: int = Field(
         1, ge=0, description="sends a unit needs on a day to be eligible, so to be served and exposed, on it"
     )
+    layout: bool = Field(True, description="also write the layout that makes readouts of the running experiments fast")
 
     @field_validator("experiments")
     @classmethod
@@ -94,8 +110,10 @@ def run(inputs: Inputs, config: ExposeConfig, out: Output) -> None:
     """Assign eligible units to arms by a keyed hash and append each unit's first exposure to the cumulative log.
 
     Eligible are units with activity. A unit keeps its first arm for good; an experiment that ended stays in the log.
+    Beside the log stands the layout of each running experiment: its units numbered, its activity by day.
     """
     previous = inputs.get("previous")
+    earlier = inputs.json("previous_report") or {}
     log = previous.read() if previous else schemas.EXPOSURE_LOG.empty_table()
     first = first_days(inputs["activity"].batches(), config.start, config.min_sends)
     log, gone = _without(log, inputs.forgotten)
@@ -105,35 +123,112 @@ def run(inputs: Inputs, config: ExposeConfig, out: Output) -> None:
     added, report = [], {}
     locales = usual_locales(inputs["conversations"].batches(["user", "locale"]))
     running = named(config.experiments, out.cycle)
+    reports = [earlier, _report_before(out)]
     for experiment in running:
         mine = log.filter(pc.equal(log.column("experiment"), experiment.name))
-        strange = set(mine.column("arm").unique().to_pylist()) - set(experiment.arms)
-        if strange:
-            raise InputError(
-                f"experiment '{experiment.name}' has units in arm '{sorted(strange)[0]}', which the config no longer "
-                "names: keep the arm with a small share, or start an experiment under a new name"
-            )
+        tested = candidate(experiment, out.store_uri)
+        for before in reports:
+            keeps_candidate(experiment.name, before.get(experiment.name, {}).get("candidate"), tested)
+        history = shares_in_force(earlier.get(experiment.name, {}), experiment)
         layer = pa.array([e.name for e in running if e.layer == experiment.layer])
         of_layer = log.filter(pc.is_in(log.column("experiment"), value_set=layer))
         fresh = new_exposures(first, experiment, of_layer.column("unit_id").combine_chunks(), locales)
         added.append(fresh)
-        sizes = Counter(pa.concat_tables([mine, fresh]).column("arm").to_pylist())
+        whole = pa.concat_tables([mine, fresh])
+        sizes = Counter(whole.column("arm").to_pylist())
         report[experiment.name] = {
             "eligible_units": first.num_rows,
             "already_exposed": mine.num_rows,
             "newly_exposed": fresh.num_rows,
             "units": {arm: sizes[arm] for arm in experiment.arms},
             "shares": experiment.arms,
+            "arms": list(experiment.arms),
+            "history": history,
+            "stayed": stayed(whole, experiment, history),
+            "candidate": tested,
             "layer": experiment.layer,
             "slice": [experiment.slice_from, experiment.slice_to],
         }
         out.metric(f"{experiment.name}.units", sum(sizes.values()))
+        _lay_out(experiment.name, whole, inputs["activity"], config.layout, out)
     with out.table("exposures") as writer:
         for part in (log, *added):
             writer.write(part)
     rows = log.num_rows + sum(part.num_rows for part in added)
     out.account(unit="exposure", rows_in=rows + gone.num_rows, rows_out=rows)
     out.json("report", report)
+
+
+def shares_in_force(before: Mapping[str, Any], experiment: Experiment) -> list[dict[str, float]]:
+    """The shares of the arms since the experiment began, oldest first."""
+    if before and before["arms"] != list(experiment.arms):
+        raise InputError(
+            f"experiment '{experiment.name}' ran with the arms {', '.join(before['arms'])} in that order: keep them "
+            "and change their shares only, or start an experiment under a new name"
+        )
+    history: list[dict[str, float]] = list(before.get("history", ()))
+    return history if history and history[-1] == experiment.arms else [*history, dict(experiment.arms)]
+
+
+def stayed(log: pa.Table, experiment: Experiment, history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The arms as they are without the places that resizing gave or took away: what the sample ratio is true of.
+
+    A larger arm takes in old users of its new places, a smaller one loses only users to come; users of a place that
+    was the arm's under all shares enter when they come, whatever the shares are then.
+    """
+    least = {arm: min(shares[arm] for shares in history) for arm in experiment.arms}
+    units = log.column("unit_id").to_pylist() if len(history) > 1 else []
+    arms = np.array(log.column("arm").to_pylist(), object)
+    kept = assign(units, experiment.model_copy(update={"arms": least})) >= 0 if units else np.ones(len(arms), bool)
+    sizes = Counter(arms[kept].tolist())
+    return {"shares": least, "units": {arm: sizes[arm] for arm in experiment.arms}}
+
+
+def candidate(experiment: Experiment, store_uri: str) -> dict[str, str] | None:
+    """The model behind the test arm, where the experiment is the release of a nominated candidate."""
+    from flywheel_tasks.core.store import Store
+    from flywheel_tasks.release.champion import candidate_of
+
+    if not RELEASE.fullmatch(experiment.name):
+        return None
+    found = candidate_of(Store(store_uri), experiment.name)
+    return {"artifact": str(found), "path": found.path(store_uri), "sha256": found.sha256} if found else None
+
+
+def keeps_candidate(experiment: str, before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
+    """Refuse to go on under one name with another model: its users were served the first one."""
+    if before and (now is None or now["sha256"] != before["sha256"]):
+        raise InputError(
+            f"experiment '{experiment}' exposed its users to {before['artifact']}, and the candidate is now "
+            f"{now['artifact'] if now else 'refused'}: end it, or start an experiment under a new name"
+        )
+
+
+def _report_before(out: Output) -> dict[str, Any]:
+    """What this cycle's last run of the stage said, where it ran before."""
+    from flywheel_tasks.core.store import Store
+
+    found = Store(out.store_uri).pointed(out.cycle, STAGE.name)
+    return dict(found.json("report")) if found else {}
+
+
+def _lay_out(name: str, log: pa.Table, activity: TableReader, wanted: bool, out: Output) -> None:
+    """Write the layout of one experiment under a number, and which experiment that is."""
+    from flywheel_tasks.release.layout import write_layout
+    from flywheel_tasks.release.parts import Part
+    from flywheel_tasks.release.readout_config import ReadoutConfig
+
+    folder = out.folder("layout")
+    config = ReadoutConfig(experiment=name, segments=SEGMENTS)
+    index = folder / LAYOUTS
+    known: list[str] = json.loads(index.read_text()) if index.exists() else []
+    if wanted and log.num_rows and activity.rows:
+        with tempfile.TemporaryDirectory() as scratch:
+            pq.write_table(log, f"{scratch}/log.parquet")
+            parts = [Part(path, activity.storage.uri) for path in activity.files]
+            write_layout([Part(f"{scratch}/log.parquet")], parts, config, folder / str(len(known)))
+        known.append(name)
+    index.write_text(json.dumps(known), encoding="utf-8")
 
 
 def _without(table: pa.Table, forgotten: frozenset[str]) -> tuple[pa.Table, pa.Table]:
@@ -157,11 +252,13 @@ STAGE = Stage(
         "activity": Input("ingest", "activity"),
         "conversations": Input("ingest", "conversations"),
         "previous": Input("expose", "exposures", optional=True, previous=True),
+        "previous_report": Input("expose", "report", optional=True, previous=True),
     },
-    outputs={"exposures": "exposure", "report": "json"},
+    outputs={"exposures": "exposure", "report": "json", "layout": "file"},
     config=ExposeConfig,
     run=run,
     resources=Resources(cpus=1, memory_gib=4),
     schedule="daily",
     uses_cycle=True,
+    state=(ledger.FOLDER,),
 )

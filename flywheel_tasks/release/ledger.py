@@ -93,8 +93,10 @@ class State(NamedTuple):
         return next((e for e in self.entries if (e.action, e.because) == (action, because)), None)
 
     def nomination(self, cycle: str) -> Entry | None:
-        """The cycle's latest nomination."""
-        return next((e for e in reversed(self.entries) if e.action == "nominate" and e.cycle == cycle), None)
+        """The cycle's nomination, where no later conclusion of the cycle refused it."""
+        concluded = (e for e in reversed(self.entries) if e.action in ("nominate", "refuse") and e.cycle == cycle)
+        last = next(concluded, None)
+        return last if last and last.action == "nominate" else None
 
 
 class Change(NamedTuple):
@@ -125,6 +127,8 @@ def read(storage: Storage) -> State:
         entries.append(entry)
         if entry.action == "nominate":
             candidate = entry.model
+        elif entry.action == "refuse":
+            candidate = None if candidate == entry.model else candidate
         elif entry.action == "crown":
             champions.append(entry.model)
             candidate = None if candidate == entry.model else candidate

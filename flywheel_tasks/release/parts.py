@@ -18,6 +18,11 @@ class Part(NamedTuple):
 
     path: str
     store: str = ""
+    only: int = -1
+    """The one row group that is meant; -1: all."""
+
+    def groups(self, metadata: pq.FileMetaData) -> list[int]:
+        return list(range(metadata.num_row_groups)) if self.only < 0 else [self.only]
 
     def open(self, columns: Sequence[str] = (), metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
         """The file, with `columns` read as dictionaries."""

@@ -1,7 +1,8 @@
 """The analysis population from the cumulative exposure log (Sec. 2.5.2): one row per unit, its arm, its first exposure.
 
-Printed rules: the first exposure of a unit counts, later ones in the same arm are duplicates; a unit seen in two
-arms leaves both; a unit exposed too late for the estimand is left out. Every row and unit is counted under its rule.
+Printed rules: the first exposure of a unit counts, later ones in the same arm are duplicates, and of several at one
+instant each segment takes its first value by name; a unit seen in two arms leaves both; a unit exposed too late for
+the estimand is left out. Every row and unit is counted under its rule.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from flywheel_tasks.release.units import (
     build,
     hashed,
     id_words,
+    in_order,
     values,
 )
 from flywheel_tasks.release.window import Window
@@ -65,8 +67,7 @@ class Log:
 class Population:
     """Units at their positions; `groups` names (arm, segment values...).
 
-    `group` is -1 where a position holds no unit and -2 where its unit was left out; `latest` is the last first
-    exposure.
+    `group` is -1 for a unit that was left out; `latest` is the last first exposure.
     """
 
     table: UnitTable | None
@@ -155,7 +156,7 @@ class _Reader:
         for part in self.parts:
             need(part.open().schema_arrow, columns, part.path)
             file = part.open(columns=list(self.names))
-            for batch in file.iter_batches(batch_size=1 << 19, columns=columns):
+            for batch in file.iter_batches(1 << 19, row_groups=part.groups(file.metadata), columns=columns):
                 for name in ("experiment", "arm", "exposed_at", *["unit_id"] * self.with_ids):
                     if batch.column(name).null_count:
                         raise InputError(
@@ -246,37 +247,35 @@ def populate(
     # The leading bits are the same in the whole part: without them the hashes spread over the table again.
     h <<= np.uint64(part[1])
     order = np.argsort(h)
-    ranked = h[order]
-    if len(h) > 1 and bool((ranked[1:] == ranked[:-1]).any()):
-        keep = _first_exposures(words, h, arm, at, rows)
+    ranked = in_order(h, order)
+    if bool((ranked[1:-2] == ranked[:-3]).any()):
+        keep, segments = _first_exposures(log, h, rows)
         h, words, arm, at = h[keep], words[keep], arm[keep], at[keep]
-        segments = tuple(s[keep] for s in segments)
         order = np.argsort(h)
+        ranked = in_order(h, order)
+    del h
     exposed = local_days(at, zone)
     eligible, why = window.eligible(exposed)
     if not eligible.all():
         rows[f"units {why}"] = int((~eligible).sum())
-    table, slot = build(words, h, order)
-    group = np.full(table.slots, -1, np.int16)
-    group[slot] = _group_codes(log, arm, segments, eligible)[order]
-    when = np.zeros(table.slots, np.int32)
-    when[slot] = exposed[order]
+    group = _group_codes(log, arm, segments, eligible)[order]
     rows["units"] = int(eligible.sum())
     latest = int(exposed.max(initial=0, where=eligible))
-    return Population(table, group, when, group_names(log), rows, latest, not eligible.all(), split_returning)
+    table = build(words, ranked, order)
+    return Population(table, group, exposed[order], group_names(log), rows, latest, not eligible.all(), split_returning)
 
 
 def _group_codes(
     log: Log, arm: NDArray[np.int32], segments: Sequence[NDArray[np.int32]], eligible: NDArray[np.bool_]
 ) -> NDArray[np.int16]:
-    """The number of each unit's group; -2 for a unit that is left out."""
+    """The number of each unit's group; -1 for a unit that is left out."""
     groups = len(log.arms) * math.prod(len(names) for names in log.segment_values)
     if groups > np.iinfo(np.int16).max:
         raise InputError(f"arms and segments make {groups} groups: split by fewer columns or values")
     code = arm.astype(np.int16)
     for names, column in zip(log.segment_values, segments, strict=True):
         code = code * np.int16(len(names)) + column.astype(np.int16)
-    code[~eligible] = -2
+    code[~eligible] = -1
     return code
 
 
@@ -299,7 +298,7 @@ def populate_layout(
 def local_days(at: NDArray[np.int64], zone: str) -> NDArray[np.int32]:
     """Calendar days in a time zone, from instants in microseconds."""
     if zone == "UTC":
-        return np.floor_divide(at, _DAY_US).astype(np.int32)
+        return np.floor_divide(at, _DAY_US, out=np.empty(len(at), np.int32), casting="unsafe")
     shifted = pc.local_timestamp(
         pa.array(at, pa.timestamp("us", tz="UTC")).cast(pa.timestamp("us", tz=ZoneInfo(zone).key))
     )
@@ -329,10 +328,9 @@ def span(log: Log, zone: str) -> tuple[dt.date, dt.date]:
     return dt.date(1970, 1, 1) + dt.timedelta(int(first)), dt.date(1970, 1, 1) + dt.timedelta(int(last))
 
 
-def _first_exposures(
-    words: Words, h: Words, arm: NDArray[np.int32], at: NDArray[np.int64], rows: Counter[str]
-) -> NDArray[np.int64]:
-    """Rows that hold the first exposure of a unit seen in one arm only."""
+def _first_exposures(log: Log, h: Words, rows: Counter[str]) -> tuple[NDArray[np.int64], tuple[NDArray[np.int32], ...]]:
+    """Rows that hold the first exposure of a unit seen in one arm only, and the unit's segments."""
+    words, arm, at = log.words, log.arm, log.at
     order = np.lexsort([arm, at, *words.T, h])
     ranked = words[order]
     starts = np.concatenate([[True], (ranked[1:] != ranked[:-1]).any(axis=1)])
@@ -346,7 +344,28 @@ def _first_exposures(
     rows["duplicate rows of a unit in its arm"] = int((~crossed[unit]).sum() - (~crossed).sum())
     rows["units in two arms"] = int(crossed.sum())
     rows["rows of units in two arms"] = int(crossed[unit].sum())
-    return np.sort(order[starts & ~crossed[unit]])
+    tied = np.flatnonzero(~starts & (at[order] == at[order][starts][unit]))
+    first = order[starts]
+    found = first_values(log, first, unit[tied], order[tied])
+    kept = np.flatnonzero(~crossed)
+    kept = kept[np.argsort(first[kept])]
+    return first[kept], tuple(codes[kept] for codes in found)
+
+
+def first_values(
+    log: Log, first: NDArray[np.int64], unit: NDArray[np.int64], tied: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], ...]:
+    """The segments of units by the row `first` of each and the rows `tied` with it, of which `unit` says whose they
+    are: of several values at one instant the first by name, in whatever order the rows came."""
+    found = []
+    for codes, names in zip(log.segments, log.segment_values, strict=True):
+        by_name = np.array(sorted(range(len(names)), key=names.__getitem__), np.int32)
+        rank = np.empty(len(names), np.int32)
+        rank[by_name] = np.arange(len(names), dtype=np.int32)
+        least = rank[codes[first]]
+        np.minimum.at(least, unit, rank[codes[tied]])
+        found.append(by_name[least])
+    return tuple(found)
 
 
 def group_names(log: Log) -> list[tuple[str, ...]]:

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from flywheel_tasks.core.errors import InputError
-from flywheel_tasks.release import analysis
+from flywheel_tasks.core.storage import Storage
+from flywheel_tasks.release import analysis, shuffle
 from flywheel_tasks.release.days import Named, day_problems, pre_period_problems
 from flywheel_tasks.release.decision import decide
 from flywheel_tasks.release.parts import Part
 from flywheel_tasks.release.population import Log, populate, populate_layout, read_head, read_log
 from flywheel_tasks.release.readout_config import ReadoutConfig
-from flywheel_tasks.release.reduce import Totals, merge, reduce_cells
+from flywheel_tasks.release.reduce import Totals, merge
 from flywheel_tasks.release.resolve import Resolved, resolve_window, too_many_crossed
 from flywheel_tasks.release.result import ReadoutResult, Status
-from flywheel_tasks.release.scan import Scan, missing_days, scan
+from flywheel_tasks.release.scan import Scan, missing_days
 from flywheel_tasks.release.stamp import DENSE, layout_of
+from flywheel_tasks.release.sums import sums
 from flywheel_tasks.release.window import Window, day_of
 from flywheel_tasks.stats.moments import Moments
 from flywheel_tasks.stats.srm import SampleRatio, sample_ratio
 
 Arms = dict[str, Named]
+B = TypeVar("B")
 
 RULES = (
     "the first exposure of a unit counts; later rows of the unit in the same arm are duplicates",
+    "of exposures of a unit at one instant, each segment takes its first value by name",
     "a unit seen in two arms leaves both",
     "exposure times are cut to microseconds; one without a zone that a clock change repeats or skips is the earlier",
+    "activity rows outside the days that are read are not looked at, so nothing in them is refused",
     "activity on the day of exposure counts; activity before it does not",
     "several rows of a unit on one day are added; a unit is active on a day when they add up to more than zero",
     "depth: over units active in the window, with the variance among them; breadth: over units, not unit-days",
@@ -50,8 +60,17 @@ class Bucket:
     number: int
 
 
-def read_out(exposures: Sequence[Part], activity: Sequence[Part], config: ReadoutConfig) -> ReadoutResult:
-    """The result over any number of files, in any order, on any number of threads or workers: the same bits."""
+def read_out(
+    exposures: Sequence[Part],
+    activity: Sequence[Part],
+    config: ReadoutConfig,
+    stayed: Mapping[str, int] | None = None,
+) -> ReadoutResult:
+    """The result over any number of files, in any order, on any number of threads or workers: the same bits.
+
+    `stayed` are the sizes of arms that were resized on the way, by the units that no resizing moved: those keep to the
+    allocation, so the sample ratio is taken of them.
+    """
     layout = layout_of(exposures, activity)
     log = _log(exposures, config, with_ids=layout is None)
     if config.control not in log.arms:
@@ -61,12 +80,10 @@ def read_out(exposures: Sequence[Part], activity: Sequence[Part], config: Readou
     if len(log.arms) < 2:
         raise InputError(f"only arm '{config.control}' has units: a readout compares at least two arms")
     resolved = resolve_window(log, activity, config)
-    if layout is not None:
-        layout.must_hold(resolved.window, config.time_zone)
     if resolved.waits and (resolved.window.relative or not resolved.complete):
         return _empty(log, resolved.window, config, "running", [resolved.waits], warnings=resolved.notes)
     totals, rows = totals_of(log, exposures, activity, config, resolved.window)
-    return assemble(log, resolved, config, totals, rows)
+    return assemble(log, resolved, config, totals, rows, stayed)
 
 
 def _log(exposures: Sequence[Part], config: ReadoutConfig, with_ids: bool) -> Log:
@@ -81,24 +98,54 @@ def totals_of(
 ) -> tuple[Totals, Counter[str]]:
     """Exact moments, in one piece or bucket by bucket: the units of different buckets are disjoint, so their sums
     are added."""
+    share = Share({}, Counter(), Counter())
     if not config.partition_bits:
         share = _share(log, activity, config, window, (0, 0))
-    else:
-        buckets = [
-            Bucket(tuple(exposures), tuple(activity), config, window, log.experiment, log.width, number)
-            for number in range(1 << config.partition_bits)
-        ]
-        shares = [Share.loads(text) for text in _map(buckets, config.workers)]
-        share = Share(
-            merge(s.totals for s in shares),
-            sum((s.rows for s in shares), Counter[str]()),
-            sum((s.by_day for s in shares), Counter[int]()),
-        )
+    for more in _by_bucket(log, exposures, activity, config, window) if config.partition_bits else ():
+        share = Share(merge([share.totals, more.totals]), share.rows + more.rows, share.by_day + more.by_day)
     if window.relative and (gone := missing_days(share.by_day, window)):
         raise InputError(
             f"no activity row on {', '.join(gone[:3])}: per_user_window needs every day; give the missing files"
         )
     return share.totals, log.rows + share.rows
+
+
+def _by_bucket(
+    log: Log, exposures: Sequence[Part], activity: Sequence[Part], config: ReadoutConfig, window: Window
+) -> Iterator[Share]:
+    """What each bucket adds. Raw inputs are first written by bucket, once; a layout's rows lie by unit already."""
+    bits, empty = config.partition_bits, Share({}, Counter(), Counter())
+    with ExitStack() as stack:
+        each: list[tuple[tuple[Part, ...], tuple[Part, ...]]] = [(tuple(exposures), tuple(activity))] * (1 << bits)
+        if not is_layout(activity):
+            store = stack.enter_context(_scratch(config.scratch))
+            common: dict[str, Any] = {"store": store, "bits": bits, "width": log.width}
+            columns = ("experiment", "unit_id", "arm", "exposed_at", *config.columns)
+            work = shuffle.shares(exposures, "exposures", columns, experiment=log.experiment, **common)
+            units, _ = shuffle.gather(list(_map(shuffle.split, work, config.workers)), store, bits)
+            work = shuffle.shares(
+                activity, "activity", shuffle.ACTIVITY, window=window, bad_rows=config.bad_rows, **common
+            )
+            sends, rows = shuffle.gather(list(_map(shuffle.split, work, config.workers)), store, bits)
+            each = list(zip(units, sends, strict=True))
+            yield empty._replace(rows=rows)
+        buckets = [Bucket(*parts, config, window, log.experiment, log.width, n) for n, parts in enumerate(each)]
+        yield from (Share.loads(text) for text in _map(read_bucket, buckets, config.workers))
+
+
+@contextmanager
+def _scratch(folder: str | None) -> Iterator[str]:
+    """A folder of this run alone, gone with it: two runs that share a scratch folder share no file, and what lies in
+    it by unit does not outlive the readout."""
+    if folder is None:
+        with TemporaryDirectory(prefix="flywheel-buckets-") as local:
+            yield f"file://{local}"
+        return
+    own = f"readout-{secrets.token_hex(8)}"
+    try:
+        yield f"{folder.rstrip('/')}/{own}"
+    finally:
+        Storage(folder).delete_folder(own)
 
 
 class Share(NamedTuple):
@@ -122,16 +169,27 @@ class Share(NamedTuple):
 def read_bucket(bucket: Bucket) -> str:
     """A worker's share: only the units of its range are ever held."""
     config, part = bucket.config, (bucket.number, bucket.config.partition_bits)
-    log = read_log(
-        bucket.exposures,
-        bucket.experiment,
-        config.columns,
-        config.naive_zone,
-        with_ids=not is_layout(bucket.activity),
-        part=part,
-        width=bucket.width,
-    )
+    if bucket.exposures:
+        log = read_log(
+            bucket.exposures,
+            bucket.experiment,
+            config.columns,
+            config.naive_zone,
+            with_ids=not is_layout(bucket.activity),
+            part=part,
+            width=bucket.width,
+        )
+    else:
+        log = _nobody(bucket)
     return _share(log, bucket.activity, config, bucket.window, part).dumps()
+
+
+def _nobody(bucket: Bucket) -> Log:
+    """The log of a bucket that no unit fell into: its activity is of strangers, and is accounted for as theirs."""
+    none, columns = np.empty(0, np.int32), bucket.config.columns
+    words = np.empty((0, bucket.width), np.uint64)
+    names: tuple[list[str], ...] = tuple([] for _ in columns)
+    return Log(words, none, np.empty(0, np.int64), (none,) * len(columns), [], names, bucket.experiment)
 
 
 def is_layout(activity: Sequence[Part]) -> bool:
@@ -139,28 +197,35 @@ def is_layout(activity: Sequence[Part]) -> bool:
     return bool(activity) and DENSE in activity[0].open().schema_arrow.names
 
 
-def _map(buckets: list[Bucket], workers: int) -> Any:
+def _map(fn: Callable[[B], str], blocks: Sequence[B], workers: int) -> Iterable[str]:
     if workers < 2:
-        return map(read_bucket, buckets)
+        return map(fn, blocks)
     from flywheel_tasks.compute.blocks import map_blocks
 
-    return map_blocks(read_bucket, buckets, cpus=1, actors=min(workers, len(buckets)))
+    return map_blocks(fn, blocks, cpus=1, actors=min(workers, len(blocks)))
 
 
 def _share(log: Log, activity: Sequence[Part], config: ReadoutConfig, window: Window, part: tuple[int, int]) -> Share:
     threads = config.threads or (1 if part[1] and config.workers > 1 else os.cpu_count() or 1)
     place = populate_layout if is_layout(activity) else populate
     population = place(log, window, config.time_zone, part, "returning" in config.segments)
-    cells = scan(activity, Scan(population, window, config.bad_rows, part), threads)
-    return Share(reduce_cells(cells, population, window, threads), population.rows + cells.rows, cells.by_day)
+    totals, rows, by_day = sums(activity, Scan(population, window, config.bad_rows, part), threads)
+    return Share(totals, population.rows + rows, by_day)
 
 
-def assemble(log: Log, resolved: Resolved, config: ReadoutConfig, totals: Totals, rows: Counter[str]) -> ReadoutResult:
+def assemble(
+    log: Log,
+    resolved: Resolved,
+    config: ReadoutConfig,
+    totals: Totals,
+    rows: Counter[str],
+    stayed: Mapping[str, int] | None = None,
+) -> ReadoutResult:
     """Checks first; lifts only where every check passed; only the looks so far while the window is open."""
     window = resolved.window
     arms = analysis.by_arm(totals).get("all", {})
     days = resolved.complete if resolved.waits else window.kept
-    problems, warnings, ratio = _checks(arms, log, resolved, days, config, rows)
+    problems, warnings, ratio = _checks(arms, log, resolved, days, config, rows, stayed)
     if problems or resolved.waits:
         status: Status = "running" if resolved.waits else "refused"
         empty = _empty(log, window, config, status, [*filter(None, [resolved.waits]), *problems], rows, warnings, ratio)
@@ -196,7 +261,13 @@ def assemble(log: Log, resolved: Resolved, config: ReadoutConfig, totals: Totals
 
 
 def _checks(
-    arms: Arms, log: Log, resolved: Resolved, days: Sequence[int], config: ReadoutConfig, rows: Counter[str]
+    arms: Arms,
+    log: Log,
+    resolved: Resolved,
+    days: Sequence[int],
+    config: ReadoutConfig,
+    rows: Counter[str],
+    stayed: Mapping[str, int] | None,
 ) -> tuple[list[str], list[str], SampleRatio | None]:
     """Problems, warnings, and the sample ratio, over the days that are complete."""
     problems = [f"arm '{arm}' has no unit in the population" for arm in log.arms if arm not in arms]
@@ -207,7 +278,7 @@ def _checks(
     weights = config.allocation or dict.fromkeys(arms, 1.0)
     if set(weights) != set(arms):
         raise InputError(f"allocation names {', '.join(sorted(weights))}; the log has {', '.join(sorted(arms))}")
-    ratio = sample_ratio({a: m["sends"].n for a, m in sorted(arms.items())}, weights)
+    ratio = sample_ratio(stayed or {a: m["sends"].n for a, m in sorted(arms.items())}, weights)
     if ratio.p < config.srm_p:
         planned = ", ".join(f"{a} {w:g}" for a, w in sorted(weights.items()))
         problems.append(
@@ -215,6 +286,11 @@ def _checks(
             "the arms are not comparable; if other weights were planned, set readout.allocation"
         )
     of_days, warnings = day_problems(arms, resolved.window, days, config.partial_share)
+    if stayed:
+        warnings.append(
+            f"the arms were resized while units entered: the sample ratio is of the {sum(stayed.values()):,} units "
+            "whose place was never given or taken; arms whose units came at different times may differ for that alone"
+        )
     return problems + of_days, [*resolved.notes, *warnings], ratio
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
+from flywheel_tasks.release.expose import LAYOUTS
 from flywheel_tasks.release.readout_config import ReadoutConfig
 
 
@@ -19,6 +23,7 @@ def run(inputs: Inputs, config: ReadoutConfig, out: Output) -> None:
     from flywheel_tasks.release.population import choose_experiment
     from flywheel_tasks.release.read import read_out
     from flywheel_tasks.release.table import plain_text
+    from flywheel_tasks.release.versions import across
 
     def parts(name: str) -> list[Part]:
         """Files of another platform, by their URIs, beside those of the store."""
@@ -38,12 +43,23 @@ def run(inputs: Inputs, config: ReadoutConfig, out: Output) -> None:
             "nothing to read: no unit is exposed, or there is no activity; run expose, or set readout.exposures"
         )
     experiment = config.experiment or choose_experiment(exposures, f"release-{out.cycle}")
-    shares = {} if inputs.sources.get("exposures") else _planned(inputs, experiment)
+    known = {} if inputs.sources.get("exposures") else (inputs.json("report") or {}).get(experiment, {})
+    if laid := None if any(inputs.sources.values()) else _layout(inputs, experiment):
+        exposures, activity = ([Part(path, inputs["activity"].storage.uri) for path in files] for files in laid)
+    resized = known.get("stayed") if len(known.get("history", ())) > 1 and not config.allocation else None
+    shares = resized["shares"] if resized else known.get("shares", {})
+    told = {
+        "experiment": experiment,
+        "allocation": config.allocation or shares,
+        "scratch": config.scratch or f"{out.store_uri}/{out.scratch()}",
+    }
     result = read_out(
         exposures,
         activity,
-        config.model_copy(update={"experiment": experiment, "allocation": config.allocation or shares}),
+        config.model_copy(update=told),
+        resized["units"] if resized else None,
     )
+    result = replace(result, candidate=known.get("candidate"), versions=across(inputs.json("earlier"), result))
     out.json("readout", result.as_json())
     forest(result, out.file("report", "forest.png"))
     out.file("report", "readout.txt").write_text(plain_text(result), encoding="utf-8")
@@ -60,11 +76,23 @@ def run(inputs: Inputs, config: ReadoutConfig, out: Output) -> None:
         out.metric(f"{d.arm}.roll_back", float(d.verdict == "roll back"))
 
 
-def _planned(inputs: Inputs, experiment: str) -> dict[str, float]:
-    """The share of each arm that expose drew units by; nothing about an experiment that it no longer runs."""
-    artifact, output = inputs.artifact("report")
-    found: dict[str, float] = artifact.json(output).get(experiment, {}).get("shares", {})
-    return found
+def _layout(inputs: Inputs, experiment: str) -> tuple[list[str], list[str]] | None:
+    """Units and days of the experiment's layout, where expose wrote one of the very activity that is read here and
+    nobody was purged from either since."""
+    from flywheel_tasks.release.layout import UNITS
+
+    artifact, output = inputs.artifact("layout")
+    activity, _ = inputs.artifact("activity")
+    record = artifact.manifest
+    same = record.inputs["activity"].key == activity.manifest.key
+    known = json.loads(artifact.file(output, LAYOUTS))
+    if experiment not in known or not same or record.forgotten or activity.manifest.forgotten:
+        return None
+    artifact.verify()
+    files = [f"{record.folder}/{file.path}" for file in record.outputs[output].files]
+    mine = [path for path in files if f"/{output}/{known.index(experiment)}/" in path]
+    units = [path for path in mine if path.endswith(f"/{UNITS}")]
+    return units, [path for path in mine if path not in units]
 
 
 STAGE = Stage(
@@ -75,6 +103,8 @@ STAGE = Stage(
         "exposures": Input("expose", "exposures"),
         "activity": Input("ingest", "activity"),
         "report": Input("expose", "report"),
+        "layout": Input("expose", "layout"),
+        "earlier": Input("readout", "readout", optional=True, previous=True),
     },
     outputs={"readout": "json", "report": "file"},
     config=ReadoutConfig,

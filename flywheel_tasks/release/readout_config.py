@@ -71,6 +71,11 @@ class ReadoutConfig(StageConfig):
         0, ge=0, le=12, description="split the units into 2^bits parts by hash, read one at a time or on a Ray cluster",
         json_schema_extra=Operational,
     )  # fmt: skip
+    scratch: str | None = Field(
+        None,
+        description="folder URI for rows written by part, which every worker can reach (empty: a local one)",
+        json_schema_extra=Operational,
+    )
     workers: int = Field(
         0, ge=0, description="Ray workers over the parts (0: this process)", json_schema_extra=Operational
     )

@@ -88,7 +88,8 @@ def _add_group(
 def _group(matrix: NDArray[Any], exposed: NDArray[np.int32], window: Window) -> dict[str, Moments]:
     n = matrix.shape[1]
     sends = np.zeros(n, np.int64)
-    days = np.zeros(n, np.int64)
+    days = np.zeros(n, np.uint8)
+    ever = np.zeros(n, bool)
     weight = window.scale // window.observable(exposed) if window.estimand == "days_since_exposure" else None
     latest = int(exposed.max(initial=0))
     out: dict[str, Moments] = {}
@@ -98,32 +99,41 @@ def _group(matrix: NDArray[Any], exposed: NDArray[np.int32], window: Window) -> 
         count = int(np.count_nonzero(active))
         wide = today.astype(np.int64)
         sends += wide
-        days += active
+        days += active.view(np.uint8)
+        ever |= active
         here = None if window.relative or latest <= window.first + d else exposed <= window.first + d
         out[f"day_active@{d}"] = Moments(n if here is None else int(np.count_nonzero(here)), count, count)
         out[f"day_depth@{d}"] = moments(wide)._replace(n=count)
         at = "" if d == window.kept[-1] else f"@{d}"
-        out |= {name + at: m for name, m in _through(days, sends, weight, here).items()}
+        out |= {name + at: m for name, m in _through(days, sends, ever, weight, here).items()}
     if window.pre_days:
-        out |= _covariates(matrix[: window.pre_days], sends, days if weight is None else days * weight)
+        out |= _covariates(matrix[: window.pre_days], sends, _weighed(days, weight))
     return out
 
 
 def _through(
-    days: NDArray[np.int64], sends: NDArray[np.int64], weight: NDArray[np.int64] | None, here: NDArray[np.bool_] | None
+    days: NDArray[np.uint8],
+    sends: NDArray[np.int64],
+    ever: NDArray[np.bool_],
+    weight: NDArray[np.int64] | None,
+    here: NDArray[np.bool_] | None,
 ) -> dict[str, Moments]:
-    """Sums so far, over the units that were exposed so far."""
+    """Sends so far, over the units that were exposed so far."""
     if here is not None:
-        days, sends = days[here], sends[here]
+        days, sends, ever = days[here], sends[here], ever[here]
         weight = None if weight is None else weight[here]
     total = moments(sends)
-    active = int(np.count_nonzero(days))
+    active = int(np.count_nonzero(ever))
     return {
-        "breadth": moments(days if weight is None else days * weight),
+        "breadth": moments(_weighed(days, weight)),
         "sends": total,
         "depth": total._replace(n=active),
         "active": Moments(len(days), active, active),
     }
+
+
+def _weighed(days: NDArray[np.uint8], weight: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    return days.astype(np.int64) if weight is None else days * weight
 
 
 def _covariates(before: NDArray[Any], sends: NDArray[np.int64], breadth: NDArray[np.int64]) -> dict[str, Moments]:

@@ -28,21 +28,19 @@ def policy_of(store: Store, cycle: str) -> Model | None:
     return Model.model_validate(found) if found else None
 
 
-def for_cycle(config: FlywheelConfig, store: Store, cycle: str) -> FlywheelConfig:
-    """The configuration with the cycle's policy in place of the first one, wherever a stage did not name its own."""
-    reigning = policy_of(store, cycle)
+def for_stage(config: FlywheelConfig, stage: str, store: Store, cycle: str) -> FlywheelConfig:
+    """The configuration with the cycle's policy where the stage would use the first one. A stage that uses none does
+    not ask who reigns, so it does not settle it either."""
+    used = config.stages[stage]
+    base = config.models.policy
+    fields = [f for f, role in model_roles(type(used)).items() if role == "policy" and getattr(used, f) == base]
+    reigning = policy_of(store, cycle) if fields else None
     if reigning is None:
         return config
-    base = config.models.policy
     policy = ModelConfig(path=reigning.path(store.uri), tensor_parallel=base.tensor_parallel)
-    stages = {
-        name: stage.model_copy(
-            update={
-                f: policy
-                for f, role in model_roles(type(stage)).items()
-                if role == "policy" and getattr(stage, f) == base
-            }
-        )
-        for name, stage in config.stages.items()
-    }
-    return config.model_copy(update={"models": config.models.model_copy(update={"policy": policy}), "stages": stages})
+    return config.model_copy(
+        update={
+            "models": config.models.model_copy(update={"policy": policy}),
+            "stages": config.stages | {stage: used.model_copy(update=dict.fromkeys(fields, policy))},
+        }
+    )

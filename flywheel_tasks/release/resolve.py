@@ -16,7 +16,7 @@ from flywheel_tasks.release.parts import Part, need
 from flywheel_tasks.release.population import Log, span
 from flywheel_tasks.release.readout_config import ReadoutConfig
 from flywheel_tasks.release.scan import check_types
-from flywheel_tasks.release.stamp import complete_before, read_stamp
+from flywheel_tasks.release.stamp import read_stamp
 from flywheel_tasks.release.window import Window, day_number, day_of
 
 
@@ -39,13 +39,12 @@ def resolve_window(log: Log, activity: Sequence[Part], config: ReadoutConfig) ->
     if start is None:
         start = max(span(log, config.time_zone)[0], first_day + dt.timedelta(config.pre_days))
         notes.append(f"start was not given: {start} is the later of the first exposure and the first activity")
-    layout_as_of = complete_before(read_stamp(activity[0]))
-    as_of = config.as_of or layout_as_of or last_day
+    as_of = config.as_of or last_day
     if config.as_of is None:
-        why = "as the layout was written" if layout_as_of else "the last day with activity, which may be incomplete"
+        why = "the last day with activity, which may be incomplete"
         notes.append(f"as_of was not given: data is complete before {as_of}, {why}")
     # An early as_of cuts the data; a late one can't add days that nobody has delivered.
-    known = day_number(as_of) if layout_as_of else min(day_number(as_of), day_number(last_day) + 1)
+    known = min(day_number(as_of), day_number(last_day) + 1)
     first, settled = day_number(start), known - config.settle_days
     skipped = frozenset((d - start).days for d in config.missing_days)
     if any(not 0 <= d < config.days for d in skipped) or len(skipped) == config.days:
@@ -72,7 +71,9 @@ def too_many_crossed(rows: Counter[str], most: float) -> str | None:
 
 
 def activity_span(parts: Sequence[Part]) -> tuple[dt.date, dt.date]:
-    """First and last day of the activity, from the file statistics where there are some."""
+    """First and last day of the activity, as its layout knows them or from the file statistics where there are some."""
+    if stamp := read_stamp(parts[0]):
+        return day_of(stamp.first), day_of(stamp.last)
     lows, highs = [], []
     for part in parts:
         file = part.open()

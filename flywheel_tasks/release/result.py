@@ -36,6 +36,10 @@ class ReadoutResult:
     novelty: list[Look] = field(default_factory=list)
     cuped: list[Cuped] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
+    candidate: dict[str, str] | None = None
+    """The model behind the test arm, where the experiment is the release of a cycle's candidate."""
+    versions: list[dict[str, Any]] = field(default_factory=list)
+    """The primary claims of all releases read so far, adjusted together (`versions`)."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; comparisons are nested by arm and metric."""
@@ -44,6 +48,7 @@ class ReadoutResult:
             nested.setdefault(c.arm, {})[c.metric] = _comparison(c)
         return {
             "experiment": self.experiment,
+            "candidate": self.candidate,
             "status": self.status,
             "control": self.control,
             "estimand": self.estimand,
@@ -62,6 +67,7 @@ class ReadoutResult:
             "novelty": [_with_sets(asdict(look), look.on_day, look.through) for look in self.novelty],
             "cuped": [asdict(c) | {"lift": c.lift.as_json()} for c in self.cuped],
             "decisions": [d._asdict() for d in self.decisions],
+            "versions": self.versions,
         }
 
 

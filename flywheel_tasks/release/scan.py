@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -41,29 +41,35 @@ class Cells:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, column: NDArray[np.int32], slot: NDArray[np.int64], sends: NDArray[np.int64]) -> None:
-        """Add rows to their cells; the caller holds the lock."""
+        """Add rows to their cells."""
         if len(sends) == 0:
             return
         largest = int(sends.max())
-        self.total += int(sends.sum()) if largest * len(sends) < 1 << 63 else sum(map(int, sends))
+        total = int(sends.sum()) if largest * len(sends) < 1 << 63 else sum(map(int, sends))
+        one_day = column[0] == column[-1] and bool((column == column[0]).all())
+        if one_day and bool((slot[1:] > slot[:-1]).all()):
+            side_by_side = int(slot[-1] - slot[0]) + 1 == len(slot)
+            at: slice | NDArray[np.int64] = slice(int(slot[0]), int(slot[-1]) + 1) if side_by_side else slot
+            with self.lock:
+                self._count(total)
+                self.matrix[column[0]][at] += sends.astype(self.matrix.dtype, copy=False)
+            return
+        some = np.flatnonzero(sends != 0)
+        at, sends = slot[some], sends[some]
+        if not one_day:
+            at += column[some].astype(np.int64) * self.matrix.shape[1]
+        with self.lock:
+            self._count(total)
+            cells = self.matrix[column[0]] if one_day else self.matrix.reshape(-1)
+            np.add.at(cells, at, sends.astype(self.matrix.dtype, copy=False))
+
+    def _count(self, total: int) -> None:
+        """Count towards the total, and widen the cells before one of them could overflow."""
+        self.total += total
         if self.total >= 1 << 63:
             raise InputError("the sends of the window add up past 2^63: that is no count of messages")
         if self.total >= 1 << 31 and self.matrix.dtype == np.int32:
             self.matrix = self.matrix.astype(np.int64)
-        values = sends.astype(self.matrix.dtype, copy=False)
-        one_day = column[0] == column[-1] and bool((column == column[0]).all())
-        if one_day and bool((slot[1:] > slot[:-1]).all()):
-            row = self.matrix[column[0]]
-            if int(slot[-1] - slot[0]) + 1 == len(slot):
-                row[slot[0] : slot[-1] + 1] += values
-            else:
-                row[slot] += values
-            return
-        some = np.flatnonzero(values)
-        flat = column[some].astype(np.int64)
-        flat *= self.matrix.shape[1]
-        flat += slot[some]
-        np.add.at(self.matrix.reshape(-1), flat, values[some])
 
 
 @dataclass(frozen=True)
@@ -74,25 +80,41 @@ class Scan:
     window: Window
     bad_rows: BadRows = "refuse"
     part: tuple[int, int] = (0, 0)
-    batch_rows: int = 1 << 18
+    batch_rows: int = 1 << 17
+
+
+class Group(NamedTuple):
+    """A row group to read; in a layout it holds units `low` to `high`."""
+
+    part: Part
+    metadata: pq.FileMetaData
+    number: int
+    low: int
+    high: int
 
 
 def scan(parts: Sequence[Part], spec: Scan, threads: int = 1) -> Cells:
     """The matrix of the window from activity files in any order."""
-    cells = Cells(np.zeros((spec.window.columns, spec.population.slots), np.int32))
-    work = [(part, metadata, group) for part in parts for metadata, group in _row_groups(part, spec, cells)]
+    groups, rows = row_groups(parts, spec)
+    cells = Cells(np.zeros((spec.window.columns, spec.population.slots), np.int32), rows)
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(_read, part, metadata, group, spec, cells) for part, metadata, group in work]:
+            for done in [pool.submit(read_group, group, spec, cells) for group in groups]:
                 done.result()
     else:
-        for part, metadata, group in work:
-            _read(part, metadata, group, spec, cells)
+        for group in groups:
+            read_group(group, spec, cells)
     return cells
 
 
-def _row_groups(part: Part, spec: Scan, cells: Cells) -> list[tuple[pq.FileMetaData, int]]:
-    """Row groups that may hold a day of the window (and, in a layout, a unit of this part), by their statistics."""
+def row_groups(parts: Sequence[Part], spec: Scan) -> tuple[list[Group], Counter[str]]:
+    """Row groups that may hold a day of the window (and, in a layout, a unit of this part), by their statistics, and
+    the rows of those that can't."""
+    rows = Counter[str]()
+    return [group for part in parts for group in _row_groups(part, spec, rows)], rows
+
+
+def _row_groups(part: Part, spec: Scan, counted: Counter[str]) -> list[Group]:
     file = part.open()
     schema, metadata = file.schema_arrow, file.metadata
     dense = spec.population.table is None
@@ -104,22 +126,31 @@ def _row_groups(part: Part, spec: Scan, cells: Cells) -> list[tuple[pq.FileMetaD
         if metadata.num_row_groups
         else {}
     )
-    for group in range(metadata.num_row_groups):
+    for group in part.groups(metadata):
         rows = metadata.row_group(group)
         days = rows.column(at["day"]).statistics
-        if days is not None and days.has_min_max and pa.types.is_date32(schema.field("day").type):
+        known = days is not None and days.has_min_max and days.has_null_count and not days.null_count
+        if known and pa.types.is_date32(schema.field("day").type):
             low, high = day_number(days.min), day_number(days.max)
             if high < spec.window.read_from or low > spec.window.last:
                 if spec.part[0] == 0:
-                    cells.rows["activity rows"] += rows.num_rows
-                    cells.rows["outside the window"] += rows.num_rows
+                    counted["activity rows"] += rows.num_rows
+                    counted["outside the window"] += rows.num_rows
                 continue
-        if dense and spec.part[1]:
+        span = (0, 0)
+        if dense:
             units = rows.column(at[DENSE]).statistics
+            if units is None or not units.has_min_max:
+                raise InputError(f"{part.path} says nothing of the units in its row groups: write the layout again")
+            span = (units.min, units.max)
             start, stop = spec.population.offset, spec.population.offset + spec.population.slots
-            if units is not None and units.has_min_max and (units.max < start or units.min >= stop):
+            if not spec.part[1] and not start <= span[0] <= span[1] < stop:
+                raise InputError(
+                    f"{part.path}: a unit_index lies beyond the {stop} units of the layout: write the layout again"
+                )
+            if span[1] < start or span[0] >= stop:
                 continue
-        wanted.append((metadata, group))
+        wanted.append(Group(part, metadata, group, *span))
     return wanted
 
 
@@ -132,25 +163,22 @@ def check_types(schema: pa.Schema, where: str) -> None:
         raise InputError(f"{where}: column 'sends' has type {sends}: give integers")
 
 
-def _read(part: Part, metadata: pq.FileMetaData, group: int, spec: Scan, cells: Cells) -> None:
-    file = part.open(metadata=metadata)
+def read_group(group: Group, spec: Scan, cells: Cells) -> None:
+    """Add one row group's rows of the units that are asked for."""
+    file = group.part.open(metadata=group.metadata)
     columns = [DENSE if spec.population.table is None else "unit_id", "day", "sends"]
-    for batch in file.iter_batches(spec.batch_rows, row_groups=[group], columns=columns, use_threads=False):
-        _add_batch(batch, spec, cells, f"{part.path} row group {group}")
+    for batch in file.iter_batches(spec.batch_rows, row_groups=[group.number], columns=columns, use_threads=False):
+        _add_batch(batch, spec, cells, f"{group.part.path} row group {group.number}")
 
 
 def _add_batch(batch: pa.RecordBatch, spec: Scan, cells: Cells, where: str) -> None:
     rows: Counter[str] = Counter({"activity rows": batch.num_rows})
-    batch = _good_rows(batch, spec, rows, where)
+    batch = good_rows(in_window(batch, spec.window, rows), spec.bad_rows, rows, where)
     if spec.part[0]:
-        # A bad row belongs to no part; the first one counts it.
+        # A row outside the window, or a bad one, belongs to no part; the first one counts it.
         rows = Counter({"activity rows": batch.num_rows})
     window, population = spec.window, spec.population
     unit, key, day, sends = _columns(batch, spec, rows)
-    if len(day) and (int(day.min()) < window.read_from or int(day.max()) > window.last):
-        inside = (day >= window.read_from) & (day <= window.last)
-        rows["outside the window"] += int((~inside).sum())
-        unit, key, day, sends = unit[inside], key[inside], day[inside], sends[inside]
     if window.skipped and len(day):
         present = ~np.isin(day, [window.first + d for d in window.skipped])
         rows["on a day declared missing"] += int((~present).sum())
@@ -166,10 +194,27 @@ def _add_batch(batch: pa.RecordBatch, spec: Scan, cells: Cells, where: str) -> N
     with cells.lock:
         cells.rows.update(rows)
         cells.by_day.update({int(d): int(n) for d, n in enumerate(tally) if n})
-        cells.add(column, slot, sends)
+    cells.add(column, slot, sends)
 
 
-def _good_rows(batch: pa.RecordBatch, spec: Scan, rows: Counter[str], where: str) -> pa.RecordBatch:
+def in_window(batch: pa.RecordBatch, window: Window, rows: Counter[str]) -> pa.RecordBatch:
+    """Rows outside the window are not looked at, whatever else they hold and however the files are cut; a row without
+    a day stays, to be judged."""
+    column = batch.column(1).cast(pa.date32())
+    if column.null_count:
+        first, last = (pa.scalar(day_of(n)) for n in (window.read_from, window.last))
+        keep = pc.fill_null(pc.and_(pc.greater_equal(column, first), pc.less_equal(column, last)), True)
+    else:
+        day = values(column, np.int32)
+        if not len(day) or (int(day.min()) >= window.read_from and int(day.max()) <= window.last):
+            return batch
+        keep = pa.array((day >= window.read_from) & (day <= window.last))
+    kept = batch.filter(keep)
+    rows["outside the window"] += batch.num_rows - kept.num_rows
+    return kept
+
+
+def good_rows(batch: pa.RecordBatch, bad_rows: BadRows, rows: Counter[str], where: str) -> pa.RecordBatch:
     """Refuse or drop nulls and negative sends."""
     checks: list[tuple[str, pa.Array]] = []
     if sum(column.null_count for column in batch.columns):
@@ -180,7 +225,7 @@ def _good_rows(batch: pa.RecordBatch, spec: Scan, rows: Counter[str], where: str
         checks.append(("negative sends", pc.fill_null(pc.greater_equal(batch.column(2), 0), True)))
     for what, good in checks:
         bad = len(good) - pc.sum(good).as_py()
-        if spec.bad_rows == "refuse":
+        if bad_rows == "refuse":
             raise InputError(f"{where}: {bad} rows with {what}; mend them, or set bad_rows=drop to leave them out")
     if not checks:
         return batch
@@ -203,13 +248,13 @@ def _columns(
     if table is None:
         key: NDArray[Any] = values(ids.cast(pa.int64()), np.int64) - spec.population.offset
         unit: NDArray[Any] = key
-        mine = (key >= 0) & (key < spec.population.slots) if bits else None
+        mine: NDArray[np.bool_] | None = (key >= 0) & (key < spec.population.slots)
     else:
         unit = table.read(ids)
         key = hashed(unit)
         mine = key >> np.uint64(64 - bits) == number if bits else None
         key = key << np.uint64(bits)
-    if mine is None:
+    if mine is None or bool(mine.all()):
         return unit, key, day, sends
     rows["activity rows"] -= int((~mine).sum())
     return unit[mine], key[mine], day[mine], sends[mine]
@@ -227,10 +272,6 @@ def _slots(
     population = spec.population
     if population.table is None:
         slot = key
-        if len(slot) and (int(slot.min()) < 0 or int(slot.max()) >= population.slots):
-            raise InputError(
-                f"a unit_index lies beyond the {population.slots} units of the layout: write the layout again"
-            )
     else:
         slot = population.table.find(key, unit)
         known = slot >= 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import hashlib
 import json
 from collections import Counter
@@ -15,37 +14,26 @@ from numpy.typing import NDArray
 
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.release.parts import Part
-from flywheel_tasks.release.window import Window, day_of
 
 DENSE = "unit_index"
 """The column of a layout: a unit's row in its units.parquet."""
+UNIT_BLOCK = 1 << 17
+"""Units of a layout that are read and summed at once; its row groups end where a block of units ends."""
 _KEY = b"flywheel.layout"
 _AGAIN = "write the layout again, to a folder of its own"
 
 
 class Stamp(NamedTuple):
-    """The identity of a layout, its window, and where the exposure rows went that it was made of."""
+    """The identity of a layout, the days of the activity it was made of, and where the exposure rows went."""
 
     layout: str
     units: int
     first: int
-    days: int
-    pre_days: int
-    time_zone: str
-    as_of: str
+    last: int
     rows: dict[str, int]
 
     def on(self, schema: pa.Schema) -> pa.Schema:
         return schema.with_metadata({_KEY: json.dumps(self._asdict()).encode()})
-
-    def must_hold(self, window: Window, time_zone: str) -> None:
-        """Refuse to read another window than the one whose units and days are there."""
-        mine, theirs = (self.first, self.days, self.time_zone), (window.first, window.days, time_zone)
-        if mine != theirs or window.pre_days > self.pre_days or window.relative:
-            raise InputError(
-                f"the layout holds {self.days} days from {day_of(self.first)} in {self.time_zone} and {self.pre_days} "
-                f"before them, the readout is {window.describe()} in {time_zone}: {_AGAIN}"
-            )
 
 
 def layout_id(columns: Sequence[NDArray[Any]], *choices: object) -> str:
@@ -95,8 +83,3 @@ def layout_of(exposures: Sequence[Part], activity: Sequence[Part]) -> Stamp | No
     if first is None or units != first.units:
         raise InputError(f"the layout has {first.units if first else 0} units, {units} were read: {_AGAIN}")
     return first
-
-
-def complete_before(stamp: Stamp | None) -> dt.date | None:
-    """The as-of day that a layout was written with: its own files end with the window."""
-    return dt.date.fromisoformat(stamp.as_of) if stamp else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from itertools import groupby
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -21,6 +22,7 @@ def render(result: ReadoutResult) -> Group:
     window = result.window
     parts: list[Table | str] = [
         f"experiment {escape(result.experiment)}: {result.status}, {window['first']} to {window['last']}",
+        *([f"candidate: {escape(result.candidate['artifact'])}"] if result.candidate else []),
         f"estimand: {result.estimand}",
     ]
     if result.comparisons:
@@ -37,6 +39,8 @@ def render(result: ReadoutResult) -> Group:
         for c in result.cuped:
             table.add_row(escape(c.arm), c.metric, lift_text(c.lift), set_text(c.lift), f"{c.variance_kept:.1%}")
         parts.append(table)
+    if len({claim["experiment"] for claim in result.versions}) > 1:
+        parts.append(_versions(result.versions))
     for _, looks in groupby(result.novelty, key=lambda look: (look.arm, look.metric)):
         parts.append(_novelty(list(looks)))
     parts.append("rows: " + ", ".join(f"{n:,} {what}" for what, n in result.rows.items()))
@@ -89,6 +93,16 @@ def _others(found: list[Comparison]) -> Table:
     table = Table("", "control", "test", "delta", "log-delta", title=title, title_justify="left", box=SIMPLE_HEAD)
     for c in found:
         table.add_row(escape(_name(c)), _mean(c.control), _mean(c.test), _bounds(c.delta_pct), _bounds(c.log_delta_pct))
+    return table
+
+
+def _versions(claims: list[dict[str, Any]]) -> Table:
+    title = "all versions read so far, adjusted together"
+    table = Table("", "lift", "p", "p Holm", "p BH", title=title, title_justify="left", box=SIMPLE_HEAD)
+    for c in claims:
+        lift = "-" if c["lift_pct"] is None else f"{c['lift_pct']:+.3g} %"
+        name = escape(f"{c['experiment']} {c['arm']} {c['metric']}")
+        table.add_row(name, lift, _p(c["p"]), _p(c["p_holm"]), _p(c["p_bh"]))
     return table
 
 

@@ -1,9 +1,8 @@
 """From unit ids to positions in an array: an exact, ordered hash table in numpy.
 
 Ids are 64-bit integers or strings. Integers are mixed by a bijection, so two ids never share a hash; strings are
-packed into 64-bit words, hashed, and every hit is compared word for word. Keys lie in the table in hash order with
-linear probing, so the table is built by one sort and one running maximum, and a probe that meets a larger hash knows
-that its id is absent.
+packed into 64-bit words, hashed, and every hit is compared word for word. The hashes lie in order without gaps; an
+index by their leading bits says where to begin, and a probe that meets a larger hash knows that its id is absent.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ Words = NDArray[np.uint64]
 
 _ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 _LONGEST_ID = 256
+_BLOCK = 1 << 16
+"""Rows worked on at once, so that what lies between input and result stays in the cache and is never paged in."""
 
 
 def id_words(ids: pa.Array | pa.ChunkedArray, width: int | None = None) -> Words:
@@ -77,6 +78,15 @@ def _string_words(ids: pa.LargeStringArray, width: int | None) -> Words:
 
 def hashed(words: Words) -> Words:
     """A 64-bit hash of each row; for one word it is a bijection."""
+    if len(words) <= _BLOCK:
+        return _hashed(words)
+    out = np.empty(len(words), np.uint64)
+    for at in range(0, len(words), _BLOCK):
+        out[at : at + _BLOCK] = _hashed(words[at : at + _BLOCK])
+    return out
+
+
+def _hashed(words: Words) -> Words:
     h: Words = words[:, 0] * _ODD[0]
     h ^= h >> np.uint64(32)
     h *= _ODD[1]
@@ -90,12 +100,14 @@ def hashed(words: Words) -> Words:
 
 @dataclass(frozen=True, slots=True)
 class UnitTable:
-    """Positions of known ids. `slots` says how many positions there are; not every one is taken."""
+    """Known ids by the order of their hashes: a unit's position is its rank."""
 
     slots: int
     shift: np.uint64
-    last: int
-    table: Words
+    heads: Words
+    """Per value of the leading bits, the first hash that begins with them: its other bits, and its rank below them."""
+    ranked: Words
+    """The hashes in order, then two that nothing exceeds."""
     words: Words | None
     width: int
 
@@ -108,16 +120,23 @@ class UnitTable:
 
     def find(self, q: Words, words: Words) -> NDArray[np.int64]:
         """The position of each id by its hash, -1 where the id is unknown."""
-        at: NDArray[np.int64] = (q >> self.shift).view(np.int64)
-        miss = np.flatnonzero(np.take(self.table, at) != q)
-        p, wanted = at[miss] + 1, q[miss]
+        bits = np.uint64(64) - self.shift
+        rank = (np.uint64(1) << bits) - np.uint64(1)
+        head = np.take(self.heads, (q >> self.shift).view(np.int64))
+        at: NDArray[np.int64] = (head & rank).view(np.int64)
+        head ^= q << bits
+        miss = np.flatnonzero(head > rank)
+        p, wanted = at[miss], q[miss]
         at[miss] = -1
         while len(miss):
-            seen = np.take(self.table, p)
-            hit = (seen == wanted) & (p <= self.last)
+            p += 1
+            seen = np.take(self.ranked, p)
+            hit = np.flatnonzero(seen == wanted)
             at[miss[hit]] = p[hit]
-            on = seen < wanted
-            miss, p, wanted = miss[on], p[on] + 1, wanted[on]
+            on = np.flatnonzero(seen < wanted)
+            miss, p, wanted = miss[on], p[on], wanted[on]
+        if int(at.max(initial=-1)) >= self.slots:
+            at[at >= self.slots] = -1
         if self.words is not None:
             known = np.flatnonzero(at >= 0)
             differs = (self.words[at[known]] != words[known]).any(axis=1)
@@ -125,25 +144,24 @@ class UnitTable:
         return at
 
 
-def build(words: Words, h: Words, order: NDArray[np.int64]) -> tuple[UnitTable, NDArray[np.int64]]:
-    """The table of distinct ids, and their positions in the order of their hashes."""
+def in_order(h: Words, order: NDArray[np.int64]) -> Words:
+    """Hashes by rank, and two beyond them that no probe passes."""
+    out = np.empty(len(h) + 2, np.uint64)
+    np.take(h, order, out=out[:-2], mode="clip")
+    out[-2:] = np.iinfo(np.uint64).max
+    return out
+
+
+def build(words: Words, ranked: Words, order: NDArray[np.int64]) -> UnitTable:
+    """The table of distinct ids, given their order and their hashes in it."""
     n, width = words.shape
     bits = max(4, (2 * max(n, 1) - 1).bit_length())
     shift = np.uint64(64 - bits)
-    ranked = h[order]
-    rank = np.arange(n)
-    slot = (ranked >> shift).view(np.int64) - rank
-    np.maximum.accumulate(slot, out=slot)
-    slot += rank
-    last = int(slot[-1]) if n else -1
-    slots = max(1 << bits, last + 1)
-    # An empty slot holds the smallest hash of the next one: larger than any hash that can probe it, equal to none.
-    table = np.arange(1, slots + 2, dtype=np.uint64)
-    table <<= shift
-    table[1 << bits :] = np.iinfo(np.uint64).max
-    table[slot] = ranked
-    exact = None
-    if width > 1:
-        exact = np.zeros((slots, width), np.uint64)
-        exact[slot] = words[order]
-    return UnitTable(slots, shift, last, table, exact, width), slot
+    heads = np.full(1 << bits, n, np.uint64)
+    # Of several entries written to one place the last stays, so they go in from the last to the first.
+    for at in reversed(range(0, n, _BLOCK)):
+        h = ranked[at : min(at + _BLOCK, n)]
+        entry = h << np.uint64(bits)
+        entry |= np.arange(at, at + len(h), dtype=np.uint64)
+        heads[(h >> shift).view(np.int64)[::-1]] = entry[::-1]
+    return UnitTable(n, shift, heads, ranked, words[order] if width > 1 else None, width)

@@ -6,7 +6,6 @@ bits. Squares past 2^63 are taken in 21-bit limbs, whose products add up in 64 b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -71,15 +70,9 @@ def total(x: NDArray[np.int64]) -> int:
 
 def moments(x: NDArray[np.int64]) -> Moments:
     """The exact moments of a vector of non-negative outcomes, one per unit."""
+    if int(x.max(initial=0)) ** 2 * len(x) < _INT64:
+        return Moments(len(x), int(x.sum(dtype=np.int64)), int(np.dot(x, x)))
     return Moments(len(x), total(x), dot(x, x))
-
-
-def merge(parts: Iterable[Moments]) -> Moments:
-    """Moments of disjoint sets of units are added."""
-    whole = Moments()
-    for part in parts:
-        whole = whole.plus(part)
-    return whole
 
 
 def estimate(m: Moments, scale: int = 1) -> Estimate:

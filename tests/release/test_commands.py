@@ -127,7 +127,7 @@ def test_every_kind_of_set_can_be_drawn(files: tuple[str, str], tmp_path: Path) 
 
 def test_a_layout_gives_the_same_readout_as_the_raw_files(files: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "layout"
-    source = ["--exposures", files[0], "--activity", files[1], "--start", str(START)]
+    source = ["--exposures", files[0], "--activity", files[1]]
     written = CliRunner().invoke(APP, ["layout", *source, "--out", str(out)])
     assert written.exit_code == 0, written.output
     fast = ["--exposures", out / "units.parquet", "--activity", out / "activity-*.parquet", "--start", START]

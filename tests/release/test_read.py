@@ -175,6 +175,30 @@ def test_negative_sends_are_refused_or_dropped(tmp_path: Path) -> None:
     assert tweak(change, tmp_path / "d", bad_rows="drop", partition_bits=2).rows == dropped.rows
 
 
+@pytest.mark.parametrize("rows_a_group", [1, 37, 10_000])
+@pytest.mark.parametrize("bits", [0, 2])
+def test_rows_outside_the_window_are_not_looked_at(tmp_path: Path, rows_a_group: int, bits: int) -> None:
+    """Whatever is wrong with them and however the file is cut; a row without a day is in no such place."""
+    exposures, activity = world(8, units=120)
+    e, a = write(tmp_path / "clean", exposures, activity)
+    loose = settings(partition_bits=bits, as_of=day(7))
+    clean = read_out_files(e, a, loose)
+    outside = [(None, day(-3), 1), (exposures[0][0], day(20), -5), (exposures[1][0], day(9), None)]
+
+    def with_rows(more: Rows) -> str:
+        path = tmp_path / "dirty.parquet"
+        pq.write_table(activity_table([*activity[:300], *more, *activity[300:]]), path, row_group_size=rows_a_group)
+        return str(path)
+
+    dirty = read_out_files(e, with_rows(outside), loose)
+    assert dirty.rows.pop("outside the window") == clean.rows.pop("outside the window") + 3
+    assert dirty.rows.pop("activity rows") == clean.rows.pop("activity rows") + 3
+    assert strip(dirty) == strip(clean)
+    for inside in ((exposures[0][0], day(2), -5), (exposures[0][0], None, 1)):
+        with pytest.raises(InputError, match="1 rows with"):
+            read_out_files(e, with_rows([*outside, inside]), loose)
+
+
 @pytest.mark.parametrize(
     ("column", "kind", "said"),
     [

@@ -12,11 +12,16 @@ from scipy import stats
 from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import FlywheelConfig, StageConfig
 from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.core.forget import forget
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.runner import run_stage
 from flywheel_tasks.core.stage import Inputs, Stage
 from flywheel_tasks.core.store import Artifact, Store
-from flywheel_tasks.release import expose, readout
+from flywheel_tasks.release import expose, ledger, readout
+from flywheel_tasks.release.ledger import Change, Model
+from flywheel_tasks.release.stamp import layout_of
+from flywheel_tasks.stats.multiplicity import holm
+from flywheel_tasks.stats.srm import sample_ratio
 from tests.release.worlds import activity_table, day, world, write
 
 
@@ -126,7 +131,7 @@ def test_the_log_is_cumulative_and_keeps_the_first_exposure(cycle: Cycle) -> Non
     assert report["newly_exposed"] == len(second) - len(first) > 0
     renamed = HALF | {"arms": {"candidate": 0.5, "control": 0.5}}
     cycle.run(INGEST, "2026-W47")
-    with pytest.raises(InputError, match="no longer names"):
+    with pytest.raises(InputError, match="keep them"):
         cycle.run(expose.STAGE, "2026-W47", expose={"experiments": [renamed]})
 
 
@@ -156,10 +161,110 @@ def test_the_stock_pipeline_reads_its_second_week(cycle: Cycle) -> None:
     """The log keeps the release of the week before; each week's readout is of its own release."""
     for week in ("2026-W45", "2026-W46"):
         cycle.run(INGEST, week, ingest={"days": 8})
-        cycle.run(expose.STAGE, week)
+        log = exposures(cycle.run(expose.STAGE, week))
         found = cycle.run(readout.STAGE, week).json("readout")
         assert (found["experiment"], found["status"]) == (f"release-{week}", "closed"), found["problems"]
-    assert found["rows"]["of another experiment"] > 0
+        mine = sum(row["experiment"] == f"release-{week}" for row in log)
+        assert found["rows"]["units"] == mine
+    assert mine < len(log)
+
+
+def test_p_values_are_adjusted_across_the_versions_read_so_far(cycle: Cycle) -> None:
+    sections = {"expose": {"experiments": [{"arms": HALF["arms"]}]}}
+    claims: list[dict[str, Any]] = []
+    for week in ("2026-W45", "2026-W46", "2026-W47"):
+        cycle.run(INGEST, week, ingest={"days": 8, "units": 1500})
+        cycle.run(expose.STAGE, week, **sections)
+        found = cycle.run(readout.STAGE, week, **sections).json("readout")
+        mine = found["comparisons"]["test"]
+        claims += [{"experiment": f"release-{week}", "metric": m, "p": mine[m]["p"]} for m in ("breadth", "depth")]
+        assert [{k: c[k] for k in claims[0]} for c in found["versions"]] == claims
+    p = [c["p"] for c in claims]
+    assert [c["p_holm"] for c in found["versions"]] == holm(p)
+    assert [c["p_bh"] for c in found["versions"]] == pytest.approx(stats.false_discovery_control(p))
+    assert max(c["p_holm"] for c in found["versions"]) >= max(mine[m]["p_holm"] for m in ("breadth", "depth"))
+
+
+def test_a_release_names_the_candidate_that_it_tests(cycle: Cycle) -> None:
+    """The ledger's nomination of the cycle, from exposure to readout."""
+    week = "2026-W45"
+    model = Model(stage="dpo", key="a" * 32, output="model", sha256="0" * 64)
+    ledger.append(Store(cycle.uri).storage, lambda _: Change("nominate", model, week, "the gate", "x", "gate/x"))
+    cycle.run(INGEST, week, ingest={"days": 8})
+    sections = {"expose": {"experiments": [{"arms": HALF["arms"]}]}}
+    cycle.run(expose.STAGE, week, **sections)
+    made = cycle.run(readout.STAGE, week, **sections)
+    expected = {"artifact": f"dpo/{'a' * 32}", "path": model.path(cycle.uri), "sha256": "0" * 64}
+    assert made.json("readout")["candidate"] == expected
+    assert f"candidate: dpo/{'a' * 32}".encode() in made.file("report", "readout.txt")
+
+
+def test_an_experiment_never_changes_the_model_behind_its_arm(cycle: Cycle) -> None:
+    """Neither within its week nor in a later one, nor by a refusal; a new name starts anew."""
+    week, storage = "2026-W45", Store(cycle.uri).storage
+    models = [Model(stage="dpo", key=digit * 32, output="model", sha256=digit * 64) for digit in "ab"]
+
+    def nominate(model: Model) -> None:
+        ledger.append(storage, lambda _: Change("nominate", model, week, "the gate", "x", f"gate/{model.key}"))
+
+    nominate(models[0])
+    cycle.run(INGEST, week, ingest={"days": 2})
+    cycle.run(expose.STAGE, week)
+    kept = {"experiments": [{"name": f"release-{week}"}]}
+    cycle.run(INGEST, "2026-W46", ingest={"days": 3})
+    cycle.run(expose.STAGE, "2026-W46", expose=kept)
+    nominate(models[1])
+    cycle.run(INGEST, week, ingest={"days": 4})
+    with pytest.raises(InputError, match=f"exposed its users to dpo/{'a' * 32}, and the candidate is now dpo/b"):
+        cycle.run(expose.STAGE, week)
+    cycle.run(INGEST, "2026-W47", ingest={"days": 4})
+    with pytest.raises(InputError, match="start an experiment under a new name"):
+        cycle.run(expose.STAGE, "2026-W47", expose=kept)
+    ledger.append(storage, lambda _: Change("refuse", models[1], week, "the gate", "x", "gate/c"))
+    with pytest.raises(InputError, match="the candidate is now refused"):
+        cycle.run(expose.STAGE, "2026-W47", expose=kept)
+    cycle.run(expose.STAGE, "2026-W47")
+
+
+def readings(cycle: Cycle, **sections: Any) -> dict[str, dict[str, Any]]:
+    """One readout of the same exposures with the layout that expose wrote, and one without."""
+    found = {}
+    for name, written in (("layout", True), ("raw", False)):
+        told = sections | {"expose": sections.get("expose", {}) | {"layout": written}}
+        cycle.run(expose.STAGE, **told)
+        found[name] = cycle.run(readout.STAGE, **told).json("readout")
+        assert found[name]["status"] == "closed", found[name]["problems"]
+    return found
+
+
+def test_the_readout_reads_the_layout_that_expose_wrote(cycle: Cycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    cycle.run(INGEST, ingest={"days": 8})
+    used = []
+    monkeypatch.setattr("flywheel_tasks.release.read.layout_of", lambda *p: used.append(layout_of(*p)) or used[-1])
+    other = {"name": "y", "slice_from": 0.5, "arms": HALF["arms"]}
+    found = readings(
+        cycle,
+        expose={"experiments": [HALF | {"slice_to": 0.5}, other]},
+        readout={"experiment": "y", "segments": ["locale"], "days": 7, "start": str(day(0))},
+    )
+    assert [stamp is not None for stamp in used] == [True, False]
+    rows = [reading.pop("rows") for reading in found.values()]
+    assert rows[0]["units"] == rows[1]["units"] > 1000
+    assert found["layout"] == found["raw"]
+
+
+def test_a_layout_of_purged_or_other_activity_is_not_read(cycle: Cycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows have no names, so a purge can't find them: the log and the activity, which it can, are read instead."""
+    sections = {"expose": {"experiments": [HALF]}}
+    cycle.run(INGEST, ingest={"days": 8})
+    log = exposures(cycle.run(expose.STAGE, **sections))
+    before = cycle.run(readout.STAGE, **sections).json("readout")["rows"]["units"]
+    monkeypatch.setattr(ids, "pseudonym", lambda user, secret: log[0]["unit_id"])
+    report = forget(Store(cycle.uri), "somebody", b"k" * 32)
+    assert report["clean"]
+    after = cycle.run(readout.STAGE, readout={"alpha": 0.04}, **sections).json("readout")["rows"]
+    assert after["units"] == before - 1
+    assert "unit not exposed" in after or after["exposure rows"] == len(log) - 1
 
 
 def test_unequal_arms_are_checked_against_the_shares_that_expose_drew(cycle: Cycle) -> None:
@@ -173,6 +278,33 @@ def test_unequal_arms_are_checked_against_the_shares_that_expose_drew(cycle: Cyc
     refused = cycle.run(readout.STAGE, **sections, **wrong).json("readout")
     assert refused["status"] == "refused"
     assert "readout.allocation" in refused["problems"][0]
+
+
+@pytest.mark.parametrize("later", [{"test": 0.4, "control": 0.2}, {"test": 0.1, "control": 0.5}], ids=["more", "less"])
+def test_resized_arms_are_checked_by_the_units_that_no_resizing_moved(cycle: Cycle, later: dict[str, float]) -> None:
+    """Old users of places that test gained come in at once, those of places that it lost stay: the log has neither
+    week's shares."""
+    before, sizes = {"test": 0.2, "control": 0.2}, {"W45": 6000, "W46": 12000}
+    if later["control"] > 0.2:
+        before = {"test": 0.4, "control": 0.5}
+    for week, arms in (("2026-W45", before), ("2026-W46", later)):
+        sections = {
+            "expose": {"experiments": [HALF | {"arms": arms}]},
+            "ingest": {"days": 9, "units": sizes[week[-3:]]},
+        }
+        cycle.run(INGEST, week, **sections)
+        drawn = cycle.run(expose.STAGE, week, **sections).json("report")["x"]
+    assert drawn["history"] == [before, later]
+    least = {arm: min(before[arm], later[arm]) for arm in later}
+    counts = drawn["stayed"]["units"]
+    assert drawn["stayed"]["shares"] == least
+    assert sample_ratio(counts, least).p > 1e-4
+    for shares in [before] + [later] * (later["control"] > 0.2):
+        assert sample_ratio(drawn["units"], shares).p < 5e-4
+    found = cycle.run(readout.STAGE, "2026-W46", **sections).json("readout")
+    assert found["status"] == "closed", found["problems"]
+    assert found["sample_ratio"]["observed"] == counts
+    assert any("resized" in warning for warning in found["warnings"])
 
 
 def test_the_store_knows_the_locale_of_a_unit(cycle: Cycle) -> None:

@@ -1,0 +1,109 @@
+"""gate: everything that was measured about the candidate, and the decision (Sec. 2.5.1, 2.6, 3.1.2)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
+from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.evaluation.gate_config import GateConfig
+
+SECTION_OF = {
+    "winrate": "rm_win_rate",
+    "metrics": "metrics",
+    "style": "style_drift",
+    "benchmarks": "benchmarks",
+    "respond": "overlap",
+    "preference-pointwise": "reward_models",
+    "preference-pairwise": "reward_models",
+}
+"""Whose report gives which section of the evidence."""
+
+
+def run(inputs: Inputs, config: GateConfig, out: Output) -> None:
+    """Assemble the evidence of this cycle and decide: PASS, HOLD (a person decides) or BLOCK.
+
+    The decision is an output, not an error: `promote` acts on it. The page holds numbers and ids, never words.
+    """
+    from flywheel_tasks.core.storage import open_external
+    from flywheel_tasks.evaluation.assemble import assemble, plain
+    from flywheel_tasks.evaluation.gate import decide
+    from flywheel_tasks.evaluation.gate_view import page
+
+    artifacts = {name: found[0] for name in STAGE.inputs if (found := inputs.maybe(name))}
+    reports: dict[str, Any] = {
+        _source(name): artifact.json(STAGE.inputs[name].output) for name, artifact in artifacts.items()
+    }
+    measured_at: dict[str, datetime] = {}
+    for name, artifact in artifacts.items():
+        section = SECTION_OF[_source(name)]
+        at = artifact.manifest.finished
+        measured_at[section] = min(at, measured_at.get(section, at))
+    candidate, made_at = _made(artifacts["responses"], "candidate")
+    champion, _ = _made(artifacts["responses"], "champion")
+    given = {}
+    for source in inputs.sources.get("evidence", ()):
+        with open_external(source.uri) as stream:
+            given[source.uri] = stream.read()
+    evidence = assemble(
+        reports,
+        given,
+        candidate=candidate or reports["respond"].get("candidate"),
+        champion=champion or reports["respond"].get("champion"),
+        candidate_made_at=made_at,
+        measured_at=measured_at,
+    )
+    decision = decide(evidence, config, datetime.now(UTC))
+    out.json("decision", decision.as_json() | {"candidate": evidence.candidate, "champion": evidence.champion})
+    out.json("evidence", plain(evidence))
+    facts = {
+        "cycle": out.cycle,
+        "candidate": evidence.candidate or "unknown",
+        "champion": evidence.champion or "unknown",
+    }
+    facts |= {name: artifact.uri for name, artifact in artifacts.items()}
+    out.file("page", "gate.html").write_text(page(decision, f"Gate {out.cycle}", facts), encoding="utf-8")
+    for verdict in ("PASS", "HOLD", "BLOCK"):
+        out.metric(f"gate.{verdict}", float(decision.decision == verdict))
+    for finding in decision.findings:
+        if finding.value is not None:
+            out.metric(f"gate.{finding.rule}.{finding.subject}", finding.value)
+
+
+def _source(name: str) -> str:
+    """`metrics` gives two reports; every other stage one."""
+    return name if name == "style" else STAGE.inputs[name].stage
+
+
+def _made(responses: Artifact, name: str) -> tuple[str | None, datetime | None]:
+    """Which checkpoint answered as `name`, and when it was made; None where it came from outside the store."""
+    record = responses.manifest.inputs.get(name)
+    if record is None:
+        return None, None
+    found = Store(responses.storage.uri).get(record.stage, record.key)
+    return f"{record.stage}/{record.key}", found.manifest.finished
+
+
+STAGE = Stage(
+    name="gate",
+    phase="evaluation",
+    paper="Sec. 2.5.1, 2.6, 3.1.2",
+    inputs={
+        "responses": Input("respond", "report"),
+        "winrate": Input("winrate", "winrate"),
+        "metrics": Input("metrics", "metrics", optional=True),
+        "style": Input("metrics", "style", optional=True),
+        "benchmarks": Input("benchmarks", "benchmarks", optional=True),
+        "pointwise": Input("preference-pointwise", "report", optional=True),
+        "pairwise": Input("preference-pairwise", "report", optional=True),
+    },
+    outputs={"decision": "json", "evidence": "json", "page": "file"},
+    config=GateConfig,
+    run=run,
+    sources=("evidence",),
+    data=("evaluation/templates",),
+    resources=Resources(cpus=1, memory_gib=1),
+    uses_cycle=True,
+)

@@ -1,0 +1,208 @@
+"""winrate, gate and promote as stages of a cycle, on real scoring models with random weights, up to the weekly page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.evaluation import commands
+from flywheel_tasks.evaluation.history import from_store
+from flywheel_tasks.models.chat import Card
+from flywheel_tasks.models.score import PairRow, Scorer, ScoreRow
+from tests.evaluation.evaluation_world import PROMPTS, World
+from tests.evaluation.test_report import check_safe
+
+REQUIRE = ["rm_win_rate.pairwise_user", "metrics.instruction_violation", "overlap", "candidate", "measured_at"]
+GATE = {"require": REQUIRE, "win_rate_precision": 0.5, "win_rate_floor": 0.0}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A store with a whole cycle, which tests copy: what they don't change is there already."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        World(folder, tiny_model, patch).run()
+    return folder
+
+
+@pytest.fixture
+def world(measured: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    shutil.copytree(measured / "store", tmp_path / "store")
+    return World(tmp_path, tiny_model, monkeypatch)
+
+
+@pytest.fixture
+def empty(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, tiny_model, monkeypatch)
+
+
+def test_win_rates_are_those_of_the_scores_by_hand(world: World) -> None:
+    made = world.run()
+    report = made["winrate"].json("winrate")
+    assert set(report["rm_win_rate"]) == {"pointwise_internal", "pointwise_user", "pairwise_user"}
+    assert report["unmeasured"] == {}
+    assert report["judged_by"]["pointwise"] == f"preference-pointwise/{made['preference-pointwise'].manifest.key}"
+    rows = {r["completion_id"]: r for r in made["respond"].table("responses").read().to_pylist()}
+    cards = {r["character_id"]: Card.of(r) for r in made["ingest"].table("characters").read().to_pylist()}
+    folder = world.folder / f"store/{made['preference-pointwise'].manifest.folder}"
+    scorer = Scorer(next(folder.glob("*/model")))
+    outcomes = []
+    for number in range(1, PROMPTS, 2):
+        new, old = (rows[f"{policy}-{number}"] for policy in ("candidate", "champion"))
+        a, b = scorer.pointwise([ScoreRow(r["turns"], r["text"], cards[r["character_id"]]) for r in (new, old)])
+        outcomes.append(0.0 if new["finish"] == "error" else 0.5 + 0.5 * np.sign(float(a) - float(b)))
+    internal = report["rm_win_rate"]["pointwise_internal"]
+    assert (internal["rate"], internal["n"], internal["clusters"]) == (pytest.approx(np.mean(outcomes)), 12, 2)
+    assert 0 <= internal["low"] <= internal["rate"] <= internal["high"] <= 1
+
+    folder = world.folder / f"store/{made['preference-pairwise'].manifest.folder}"
+    pairwise = Scorer(next(folder.glob("*/model")))
+    new, old = rows["candidate-0"], rows["champion-0"]
+    card = cards[new["character_id"]]
+    p, q = pairwise.pairwise(
+        [PairRow(new["turns"], new["text"], old["text"], card), PairRow(new["turns"], old["text"], new["text"], card)]
+    )
+    assert p + q == pytest.approx(1, abs=1e-3), "both orders: swapping the responses mirrors the probability"
+    scored = {
+        r["completion_id"]: {s["name"]: s["value"] for s in r["scores"]}
+        for r in made["winrate"].table("scored").read().to_pylist()
+    }
+    assert len(scored) == 2 * PROMPTS
+    assert scored["candidate-0"]["pairwise_win"] == pytest.approx(float(p), abs=1e-3)
+    assert scored["champion-0"]["pairwise_win"] == pytest.approx(float(q), abs=1e-3)
+
+
+def test_a_reward_model_that_is_missing_is_a_gap_that_blocks(empty: World) -> None:
+    made = empty.run(
+        "ingest",
+        "constrain",
+        "rl",
+        "respond",
+        "preference-pointwise",
+        "winrate",
+        "gate",
+        gate={"require": ["rm_win_rate"]},
+    )
+    assert made["winrate"].json("winrate")["unmeasured"] == {"pairwise_user": "this cycle has no pairwise reward model"}
+    decision = made["gate"].json("decision")
+    assert decision["decision"] == "BLOCK"
+    assert any("no pairwise reward model" in reason for reason in decision["reasons"])
+
+
+def test_where_the_champion_never_answered_the_candidate_wins_and_the_gate_does_not_fall_for_it(world: World) -> None:
+    made = world.run(respond={"champion_fails": True}, gate=GATE)
+    rates = made["winrate"].json("winrate")["rm_win_rate"]
+    assert rates["pointwise_user"]["rate"] == 1.0
+    assert made["winrate"].manifest.rows is not None
+    assert made["winrate"].manifest.rows.reasons == {"both_failed": 2}
+    assert made["gate"].json("decision")["decision"] == "BLOCK"
+
+
+def findings(decision: dict[str, Any], rule: str) -> dict[str, str]:
+    return {f["subject"]: f["verdict"] for f in decision["rules"] if f["rule"] == rule}
+
+
+def test_the_gate_reads_what_the_stages_measured(world: World) -> None:
+    made = world.run(gate=GATE)
+    decision, evidence = made["gate"].json("decision"), made["gate"].json("evidence")
+    assert decision["candidate"] == f"rl/{made['rl'].manifest.key}"
+    assert evidence["metrics"]["instruction_violation"]["candidate"]["rate"] == 0.05
+    assert findings(decision, "false_refusal") == {"internal": "NOTE", "user": "PASS"}, (
+        "a judge that can't gate is shown"
+    )
+    assert findings(decision, "style_drift") == {"has_emoji": "PASS", "words": "NOTE"}
+    assert findings(decision, "benchmark") == {"hellaswag": "PASS"}
+    assert findings(decision, "overlap") == {"evaluation prompts": "PASS"}
+    assert findings(decision, "old_batch") == {"pointwise static 261018": "PASS", "pairwise static 261018": "PASS"}
+    assert set(findings(decision, "freshness").values()) == {"PASS"}
+    page = made["gate"].file("page").decode()
+    check_safe(page)
+    assert "says" not in page, "a page that forget can't purge holds no one's words"
+    again = world.run("gate", gate=GATE | {"max_age_days": 30})["gate"]
+    assert again.manifest.key != made["gate"].manifest.key
+    assert again.json("evidence") == evidence
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"respond": {"leaked": 2}}, "2 of 24 evaluation prompts occur in training data"),
+        ({"metrics": {"violation": 0.12}}, "instruction violation"),
+        ({"gate": {"require": ["red_team"]}}, "red_team is required: it is missing"),
+        ({"gate": {"require": ["metrics.false_refusal_internal"]}}, "kappa 0.31"),
+    ],
+)
+def test_what_the_stages_found_blocks(world: World, sections: dict[str, dict[str, Any]], why: str) -> None:
+    made = world.run(**sections | {"gate": GATE | sections.get("gate", {})})
+    decision = made["gate"].json("decision")
+    assert decision["decision"] == "BLOCK"
+    assert any(why in reason for reason in decision["reasons"]), decision["reasons"]
+    assert made["promote"].json("promotion")["outcome"] == "blocked"
+
+
+def test_people_hand_in_what_the_pipeline_cannot_measure(world: World, tmp_path: Path) -> None:
+    key = world.run("rl")["rl"].manifest.key
+    review = {"candidate": f"rl/{key}", "signed_off": True, "by": "red", "at": "2999-01-01T00:00:00Z"}
+    file = tmp_path / "people.json"
+    told = {"require": ["red_team"], "evidence": [str(file)], "win_rate_precision": 0.5}
+    file.write_text(json.dumps({"red_team": review}))
+    made = world.run(gate=told)
+    assert findings(made["gate"].json("decision"), "freshness")["red_team"] == "BLOCK", "a review from the future"
+    at = made["rl"].manifest.finished.isoformat()
+    file.write_text(
+        json.dumps(
+            {
+                "red_team": review | {"at": at},
+                "human_win_rate": {"rate": 0.52, "n": 300},
+                "measured_at": {"human_win_rate": at},
+            }
+        )
+    )
+    decision = world.run("gate", gate=told)["gate"].json("decision")
+    assert findings(decision, "red_team") == {"red": "PASS"}
+    assert findings(decision, "loss")["human"] == "PASS"
+    for wrong, said in (
+        ({"rm_win_rate": {"pointwise_user": {"rate": 0.5, "n": 9}}}, "measured by the pipeline"),
+        ({"red_team": {"signed_off": True}}, "Field required"),
+    ):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=said):
+            world.run("gate", gate=told)
+
+
+def test_the_weekly_page_is_made_from_the_store(world: World, tmp_path: Path) -> None:
+    world.run(gate=GATE)
+    world.run(cycle="2026-W48", gate=GATE, metrics={"violation": 0.3})
+    versions = from_store(world.store)
+    assert [v.name for v in versions] == ["2026-W47", "2026-W48"]
+    assert versions[1].numbers["instruction_violation"].value == 0.3
+    assert versions[1].before["instruction_violation"].value == 0.05
+    assert versions[1].decision == "BLOCK"
+    app = Typer()
+    commands.register(app, lambda *a: world.config())
+
+    @app.callback()
+    def _main() -> None:
+        """Makes `report` a name."""
+
+    out = tmp_path / "page"
+    found = CliRunner().invoke(app, ["report", "--out", str(out), "--cycle", "2026-W47"])
+    assert found.exit_code == 0, found.output
+    html = (out / "index.html").read_text()
+    check_safe(html)
+    assert "candidate says" in html
+    assert "2026-W48" not in html
+    plain = CliRunner().invoke(app, ["report", "--out", str(out), "--no-examples"])
+    assert plain.exit_code == 0
+    assert "candidate says" not in (out / "index.html").read_text()
+    (tmp_path / "file").write_text("")
+    assert CliRunner().invoke(app, ["report", "--out", str(tmp_path / "file")]).exit_code == 2
+    assert CliRunner().invoke(app, ["report", "--out", str(out), "--log"]).exit_code == 2, "MLflow has no such run"
