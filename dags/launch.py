@@ -1,7 +1,9 @@
 """What all launchers share: a stage's command line, its parameters, its docs, and the DAG around it.
 
 A launcher is one file `launch_<mode>.py` with a class `Launcher(StageOperator)` that says how a command line is
-run; the environment variable FLYWHEEL_LAUNCHER names the mode (default: local).
+run; the environment variable FLYWHEEL_LAUNCHER names the mode (default: local). All of them behave alike: the manifest
+decides success, bad input is not tried again, every other try is a new attempt, and a cancelled task leaves nothing
+running.
 """
 
 from __future__ import annotations
@@ -14,14 +16,22 @@ from datetime import date, timedelta
 from typing import Any
 
 from airflow.sdk import DAG, BaseOperator, Param, TaskGroup
-from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from flywheel_tasks.core.config import PROFILES
+from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.core.ids import cycle_of
 from flywheel_tasks.core.stage import PHASES, Stage
 
 CYCLE = r"^(\d{4}-W(0[1-9]|[1-4]\d|5[0-3]))?$"
 OVERRIDE = r"^[A-Za-z][\w-]*(\.[\w-]+)*="
+LAUNCHERS = ("local", "docker", "kubernetes", "ray")
+HELD_BY = "promote"
+"""The stage after which a person may have to decide."""
+REVIEWED_BY, SENT_BY = "annotate-import", "annotate-export"
+"""Between these two, people review."""
+BAD_INPUT = 2
+LONGEST_LINE = 4_000
 MANIFEST_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^\x00-\x1f]+/manifest\.json")
 
 
@@ -69,9 +79,12 @@ class StageOperator(BaseOperator):
         return [f"{self.as_of}={self.last_settled(context) + timedelta(days=1)}"] if self.as_of else []
 
     def last_settled(self, context: Mapping[str, Any]) -> date:
-        run = context["dag_run"]
-        due = run.logical_date or run.run_after
-        return date(due.year, due.month, due.day) - timedelta(days=self.settled_days)
+        return day_of(context) - timedelta(days=self.settled_days)
+
+    @classmethod
+    def for_stage(cls, stage: Stage) -> type[StageOperator]:
+        """The operator that runs this stage in this mode."""
+        return cls
 
     @staticmethod
     def placement(stage: Stage) -> dict[str, Any]:
@@ -81,6 +94,13 @@ class StageOperator(BaseOperator):
     def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
         """Run `flywheel` with these arguments, log its stderr, return the last line of its stdout."""
         raise NotImplementedError
+
+
+def day_of(context: Mapping[str, Any]) -> date:
+    """The day on which the run is due."""
+    run = context["dag_run"]
+    due = run.logical_date or run.run_after
+    return date(due.year, due.month, due.day)
 
 
 def stage_arguments(stage: str, cycle: str, params: Mapping[str, Any], upstream: Mapping[str, str | None]) -> list[str]:
@@ -99,7 +119,7 @@ def build(dag: DAG, stages: Sequence[Stage], *, settled_days: int = 0, as_of: st
 
     `as_of` is the setting that takes the day after the last one that is settled when a run is due.
     """
-    launcher = importlib.import_module(f"launch_{os.environ.get('FLYWHEEL_LAUNCHER', 'local')}").Launcher
+    mode = launcher_of(os.environ.get("FLYWHEEL_LAUNCHER", "local"))
     edges = {stage.name: upstream_in(stage, stages) for stage in stages}
     tasks: dict[str, StageOperator] = {}
     for phase in PHASES:
@@ -108,6 +128,7 @@ def build(dag: DAG, stages: Sequence[Stage], *, settled_days: int = 0, as_of: st
             continue
         with TaskGroup(group_id=phase, dag=dag, prefix_group_id=False):
             for stage in members:
+                launcher = mode.for_stage(stage)
                 tasks[stage.name] = launcher(
                     task_id=stage.name,
                     stage=stage,
@@ -122,6 +143,54 @@ def build(dag: DAG, stages: Sequence[Stage], *, settled_days: int = 0, as_of: st
     for name, upstream in edges.items():
         for other in upstream:
             tasks[other] >> tasks[name]
+    if {REVIEWED_BY, SENT_BY} <= tasks.keys():
+        from reviews import AwaitReviews
+        from reviews import __doc__ as reviews_page
+
+        # It never fails, so the import needs no rule that would also let it run after a failed export.
+        wait = AwaitReviews(
+            task_id="await-reviews",
+            task_group=tasks[REVIEWED_BY].task_group,
+            after=SENT_BY,
+            before=REVIEWED_BY,
+            trigger_rule="none_failed",
+            doc_md=reviews_page,
+        )
+        tasks[SENT_BY] >> wait >> tasks[REVIEWED_BY]
+    if HELD_BY in tasks:
+        from approval import Approval, form
+        from approval import __doc__ as approval_page
+
+        # Skipped unless the gate said HOLD; an answer that cannot be taken is asked for again.
+        ask = Approval(
+            task_id="approve", dag=dag, after=HELD_BY, params=form(), retry_delay=timedelta(0), doc_md=approval_page
+        )
+        tasks[HELD_BY] >> ask
+
+
+def launcher_of(mode: str) -> type[StageOperator]:
+    """The launcher called `mode`."""
+    if mode not in LAUNCHERS:
+        raise ConfigError(f"FLYWHEEL_LAUNCHER='{mode}': the launchers are {', '.join(LAUNCHERS)}")
+    launcher: type[StageOperator] = importlib.import_module(f"launch_{mode}").Launcher
+    return launcher
+
+
+def failure(stage: str, code: int | None, how: str = "") -> AirflowException:
+    """The error of a stage that left no artifact: final where another try would end the same way."""
+    if code == BAD_INPUT:
+        return AirflowFailException(f"{stage}: bad input, see the line above; not tried again")
+    if code == 0:
+        return AirflowFailException(f"{stage} ended well but left no manifest: does its store differ from Airflow's?")
+    return AirflowException(f"{stage} {how or f'failed with exit code {code}'}")
+
+
+def printable(line: bytes) -> str:
+    """A log line that can't move the cursor, forge another line, or fill the disk."""
+    text = "".join(c if c.isprintable() or c == "\t" else "�" for c in line.decode(errors="replace").rstrip())
+    return (
+        text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} … {len(text) - LONGEST_LINE:,} characters more"
+    )
 
 
 def upstream_in(stage: Stage, stages: Sequence[Stage]) -> list[str]:
@@ -155,6 +224,11 @@ def documentation(stage: Stage) -> str:
 def parameters(stages: Sequence[Stage]) -> dict[str, Param]:
     """The form of a manual trigger."""
     names = [stage.name for stage in stages]
+    waiting: dict[str, Param] = {}
+    if REVIEWED_BY in names:
+        from reviews import form
+
+        waiting = form()
     return {
         "cycle": Param(
             None,
@@ -186,6 +260,7 @@ def parameters(stages: Sequence[Stage]) -> dict[str, Param]:
             examples=names,
             uniqueItems=True,
         ),
+        **waiting,
     }
 
 

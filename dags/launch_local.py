@@ -13,17 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
-from launch import StageOperator
+from launch import StageOperator, failure, printable
 
 from flywheel_tasks import processes
 from flywheel_tasks.core.ids import USER_KEY_VARIABLE
 from flywheel_tasks.core.stage import Stage
 
-BAD_INPUT = 2
 KILL_AFTER_SECONDS = 3.0
 """Less than the five seconds after which Airflow kills the task's own process, and with it this one's last chance."""
-LONGEST_LINE = 4_000
 
 
 class Launcher(StageOperator):
@@ -53,11 +50,8 @@ class Launcher(StageOperator):
                 raise
             stdout.seek(0)
             printed = stdout.read().decode(errors="replace").splitlines()
-        if code == BAD_INPUT:
-            raise AirflowFailException(f"{self.stage_name}: bad input, see the line above; not tried again")
         if code:
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            raise AirflowException(f"{self.stage_name} {how}")
+            raise failure(self.stage_name, code, f"killed by {signal.Signals(-code).name}" if code < 0 else "")
         return printed[-1] if printed else ""
 
     def environment(self) -> dict[str, str]:
@@ -92,11 +86,3 @@ def lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
     process.stderr.close()
     if rest:
         yield printable(rest)
-
-
-def printable(line: bytes) -> str:
-    """A log line that can't move the cursor, forge another line, or fill the disk."""
-    text = "".join(c if c.isprintable() or c == "\t" else "�" for c in line.decode(errors="replace").rstrip())
-    return (
-        text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} … {len(text) - LONGEST_LINE:,} characters more"
-    )

@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
-from launch_local import LONGEST_LINE, Launcher
+from launch import LONGEST_LINE
+from launch_local import Launcher
 from structlog.testing import capture_logs
 
 from flywheel_tasks.core.config import StageConfig

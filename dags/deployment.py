@@ -1,0 +1,100 @@
+"""Where stages run when they do not run beside Airflow: one YAML file, named by FLYWHEEL_DEPLOYMENT.
+
+What is Kubernetes' own (volumes, node selectors, tolerations, pull secrets …) is written as Kubernetes writes it, in
+a pod template; secrets are named here and never held.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from flywheel_tasks.core.errors import ConfigError
+
+VARIABLE = "FLYWHEEL_DEPLOYMENT"
+SECRET_NAME = re.compile(r"(KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Mount(_Section):
+    source: str = Field(description="a folder of the host, or a volume's name")
+    target: str
+    read_only: bool = True
+
+
+class Docker(_Section):
+    url: str = Field("unix:///var/run/docker.sock", description="the engine's socket, Docker's or podman's")
+    network: str = "bridge"
+    user: str = "10001:10001"
+    mounts: tuple[Mount, ...] = ()
+    ulimits: dict[str, int] = {}
+    pass_environment: tuple[str, ...] = Field(
+        (), description="variables of the Airflow worker that stages get too, such as AWS_SECRET_ACCESS_KEY"
+    )
+
+
+class SecretKey(_Section):
+    name: str
+    key: str
+
+
+class Kubernetes(_Section):
+    namespace: str = "flywheel"
+    pod: dict[str, Any] = Field({}, description="a Pod that every stage's pod starts from; its container is 'base'")
+    gpu_pod: dict[str, Any] | None = Field(None, description="the same for stages with GPUs (default: pod)")
+    gpu_resource: str = "nvidia.com/gpu"
+    user_key: SecretKey = SecretKey(name="flywheel-user-key", key="key")
+    startup_minutes: float = Field(30, gt=0, description="how long a pod may wait for a node and its image")
+
+
+class Ray(_Section):
+    address: str = Field("http://127.0.0.1:8265", description="the RayCluster's Jobs API; the token is $RAY_AUTH_TOKEN")
+    poll_seconds: float = Field(2, gt=0)
+
+
+class Deployment(_Section):
+    image: str = Field("", description="of stages without a GPU, tag or digest included")
+    gpu_image: str = Field("", description="of stages with GPUs (default: image)")
+    environment: dict[str, str] = Field({}, description="what every stage gets; no secrets")
+    deadline_hours: float = Field(48, gt=0, description="a stage that runs longer is stopped")
+    docker: Docker = Docker()
+    kubernetes: Kubernetes = Kubernetes()
+    ray: Ray = Ray()
+
+    @field_validator("environment")
+    @classmethod
+    def _no_secrets(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if SECRET_NAME.search(name):
+                raise ValueError(f"'{name}' looks like a secret: hand it over by reference (pod template, worker)")
+        return environment
+
+    def image_for(self, gpus: int) -> str:
+        """The image of a stage that asks for this many GPUs."""
+        image = (self.gpu_image if gpus else "") or self.image
+        if not image:
+            raise ConfigError(f"no image for the stages: set 'image' in the file that ${VARIABLE} names")
+        return image
+
+
+def load() -> Deployment:
+    """The deployment that the environment names, or the defaults."""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return Deployment()
+    try:
+        return Deployment.model_validate(yaml.safe_load(Path(path).read_text()) or {})
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{VARIABLE}={path} cannot be read: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise ConfigError(f"{path}: '{key}': {problem['msg'].removeprefix('Value error, ')}") from None

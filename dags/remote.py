@@ -1,0 +1,65 @@
+"""What the launchers of other machines share: the receipt decides whether a stage has done its work."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deployment
+from airflow.sdk.exceptions import AirflowFailException
+from launch import StageOperator, failure
+
+from flywheel_tasks.core import receipts
+from flywheel_tasks.core.errors import FlywheelError
+from flywheel_tasks.core.stage import Stage
+from flywheel_tasks.core.store import Store
+from flywheel_tasks.pipeline import load_config
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit code where anybody knows it, and one line for a person."""
+
+    code: int | None
+    how: str = ""
+
+
+class RemoteOperator(StageOperator):
+    """Runs a stage where neither its output nor its exit code can be relied on."""
+
+    def __init__(self, *, stage: Stage, **kwargs: Any) -> None:
+        super().__init__(stage=stage, **kwargs)
+        self.resources_of_stage = stage.resources
+
+    @staticmethod
+    def placement(stage: Stage) -> dict[str, Any]:
+        """The deadline holds wherever the stage runs; a slot only waits here, so it takes one."""
+        return {"execution_timeout": timedelta(hours=deployment.load().deadline_hours)}
+
+    def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
+        params = context["params"]
+        try:
+            store = Store(load_config(params["profile"], None, params.get("overrides") or ()).store.uri)
+        except FlywheelError as error:
+            raise AirflowFailException(f"{self.stage_name}: {error}") from error
+        receipt = f"{self.stage_name}-{uuid.uuid4().hex}"
+        ended = self.run_to_end([*arguments, "--set", f"store.uri={store.uri}", "--receipt", receipt], context)
+        artifact = receipts.take(store, receipt)
+        if artifact is None:
+            raise failure(self.stage_name, ended.code, ended.how)
+        if ended.code != 0:
+            self.log.warning("%s after its artifact was committed: the work is done", ended.how or "it ended badly")
+        return artifact.uri
+
+    def run_to_end(self, arguments: Sequence[str], context: Mapping[str, Any]) -> Ended:
+        """Run `flywheel` with these arguments, log what it says, and tell how it ended."""
+        raise NotImplementedError
+
+
+def task_of(context: Mapping[str, Any]) -> str:
+    """What all tries of one task have in common, so that a new one can clear away what an earlier one left."""
+    ti = context["ti"]
+    return f"{ti.dag_id}/{ti.run_id}/{ti.task_id}"
