@@ -13,9 +13,9 @@ else
 TORCH_cpu := --torch-backend cpu
 endif
 TORCH_cuda := --torch-backend auto
-INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c $(LOCK) $(TORCH_$(ACCEL))
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c $(LOCK) $(TORCH_$(ACCEL))
 
-.PHONY: help demo test test-all up bench lint setup lock clean
+.PHONY: help demo test test-all up label-studio bench lint setup lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -47,6 +47,11 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+label-studio: $(READY) ## the annotation adapter against a real Label Studio server, in an environment of its own
+	$(PYTHON) -m venv .venv-labelstudio
+	$(BIN)/uv pip install --quiet --python .venv-labelstudio/bin/python 'label-studio>=1.23,<2'
+	FLYWHEEL_LABEL_STUDIO=$(CURDIR)/.venv-labelstudio/bin/label-studio $(BIN)/python -m pytest tests/annotation/test_label_studio_server.py
+
 bench: $(READY) ## the benchmarks, each against its peer
 	$(INSTALL) -e '.[bench]'
 	$(BIN)/python -m benchmarks
@@ -58,4 +63,4 @@ lock: $(READY) ## resolve the environments again
 		--extra bench --no-emit-index-url --no-annotate --no-header -o requirements-cuda.lock
 
 clean: ## remove the environment and local state
-	rm -rf $(VENV) .flywheel
+	rm -rf $(VENV) .venv-labelstudio .flywheel

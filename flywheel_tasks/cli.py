@@ -6,20 +6,23 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from flywheel_tasks import pipeline, services_cli
-from flywheel_tasks.core import ids
+from flywheel_tasks.annotation import commands as annotation_commands
+from flywheel_tasks.core import ids, receipts
 from flywheel_tasks.core.config import PROFILES, FlywheelConfig
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.manifest import Manifest
 from flywheel_tasks.core.stage import Stage
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.evaluation import commands as evaluation_commands
+from flywheel_tasks.release import champion_commands
 from flywheel_tasks.release import commands as release_commands
-from flywheel_tasks.release.reign import for_cycle
+from flywheel_tasks.release.reign import for_stage
 
 app = typer.Typer(
     name="flywheel",
@@ -47,12 +50,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")
 
 @app.command()
 def stages(as_json: AsJson = False) -> None:
-    """List the stages in the order of the loop, with phase, inputs, outputs and the paper's section."""
+    """List the stages in the order of the loop: phase, paper section, outputs. With --json also inputs and config."""
     if as_json:
         _print_json([stage.declaration() for stage in pipeline.STAGES])
         return
-    rows = [(s.name, s.phase, _inputs(s), ", ".join(s.outputs), s.paper) for s in pipeline.STAGES]
-    _print_table(("stage", "phase", "reads", "writes", "paper"), rows)
+    rows = [(s.name, s.phase, s.paper, ", ".join(s.outputs)) for s in pipeline.STAGES]
+    _print_table(("stage", "phase", "paper", "writes"), rows)
 
 
 @app.command()
@@ -66,11 +69,17 @@ def run(
         list[str] | None,
         typer.Option("--input", help="STAGE=MANIFEST_URI to read instead of this cycle's artifact. Repeatable."),
     ] = None,
+    receipt: Annotated[
+        str | None,
+        typer.Option(help="Also leave the manifest's URI in the store under this name, for who cannot read stdout."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run one stage of one cycle. The last line of stdout is the URI of the artifact's manifest."""
     settings = _settings(profile, config, set_)
     artifact, outcome = _run_stage(pipeline.by_name(stage), cycle, settings, _given(input_ or []))
+    if receipt:
+        receipts.leave(Store(settings.store.uri), receipt, artifact)
     if as_json:
         _print_json({"outcome": outcome, "uri": artifact.uri, "manifest": artifact.manifest.model_dump(mode="json")})
     else:
@@ -217,10 +226,6 @@ def forget(
         raise FlywheelError("not clean yet: wait for the unfinished attempts to end, then run the same command again")
 
 
-release_commands.register(app)
-services_cli.register(app)
-
-
 def main() -> None:
     """Entry point: errors meant for people are one line, and SIGTERM unwinds so that nothing half-written stays."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -235,7 +240,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _settings(profile: str | None, config: str | None, overrides: list[str] | None) -> FlywheelConfig:
+def _settings(profile: str | None, config: str | None, overrides: Sequence[str] | None) -> FlywheelConfig:
     return pipeline.load_config(profile, config, overrides or [])
 
 
@@ -244,7 +249,9 @@ def _run_stage(stage: Stage, cycle: str, config: FlywheelConfig, given: dict[str
 
     started, store = time.monotonic(), Store(config.store.uri)
     _say(f"── {stage.name} · {cycle} · {stage.paper}")
-    result = run_stage(stage, cycle, for_cycle(config, store, cycle), store, given)
+    result = run_stage(stage, cycle, for_stage(config, stage.name, store, cycle), store, given)
+    if stage.name in ("promote", "readout"):
+        champion_commands.follow(store, config, cycle)
     manifest = result.artifact.manifest
     outcome = {"made": "made", "cached": "already there:", "lost": "another attempt was first:"}[result.outcome]
     _say(f"{stage.name}: {_accounting(manifest)}")
@@ -285,12 +292,6 @@ def _given(pairs: list[str]) -> dict[str, str]:
     return given
 
 
-def _inputs(stage: Stage) -> str:
-    return ", ".join(f"{i.stage}.{i.output}" + ("?" if i.optional else "") for i in stage.inputs.values()) or ", ".join(
-        stage.sources
-    )
-
-
 def _this_week() -> str:
     import datetime
 
@@ -314,12 +315,18 @@ def _print_table(head: Iterable[str], rows: list[tuple[Any, ...]]) -> None:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in head:
-        table.add_column(name, overflow="fold")
+    for number, name in enumerate(head):
+        table.add_column(name, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
     Console(soft_wrap=False).print(table)
 
+
+release_commands.register(app)
+services_cli.register(app)
+annotation_commands.register(app, _settings)
+evaluation_commands.register(app, _settings)
+champion_commands.register(app, _settings)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,8 @@
-"""`make demo`: a simulated week of traffic, then one whole cycle through the Airflow DAG, followed to its end."""
+"""`make demo`: users chat with the champion for a week, then one whole cycle through the Airflow DAG.
+
+The cycle runs as it does with people in it: first the pairs go out, then annotators answer, then the same cycle runs
+again and goes on from what came back. What the first run made is found, not made again.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,12 +23,16 @@ from flywheel_tasks.core import ids
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.manifest import Manifest
 from flywheel_tasks.core.store import Store
-from flywheel_tasks.pipeline import STAGES
+from flywheel_tasks.pipeline import STAGES, load_config, weekly
 from flywheel_tasks.services import Endpoints, banner, running, state_dir
 
 DAG = "character_flywheel"
-USERS, DAYS, SEED = 300, 7, 17
+USERS, DAYS, SEED = 100, 7, 17
+ANNOTATORS, NOISE = 6, 0.1
+LAST_BEFORE_PEOPLE = "annotate-export"
 LOG_LINES = 25
+EXPORTS, DELIVERIES = "exports", "deliveries"
+HELD = "held"
 DONE = ("success", "failed", "skipped", "upstream_failed", "removed")
 Say = Callable[[str], None]
 
@@ -40,56 +49,91 @@ class Task:
 
 
 def run_demo(cycle: str, say: Say) -> int:
-    """Returns the exit code: 0 only when every stage of the cycle succeeded."""
+    """Returns the exit code: 0 when every stage succeeded, whatever the gate decided."""
     began = time.monotonic()
     os.umask(0o077)
     cycle = ids.cycle_id(cycle) if cycle else ids.cycle_of(datetime.datetime.now(datetime.UTC).date())
-    logs = traffic(cycle, say)
+    world = traffic(cycle, say)
     with running(say, whole=False) as (endpoints, check):
         say(banner(endpoints))
         airflow = Airflow(endpoints)
         airflow.wait_for_dag(check)
         paused = airflow.pause(False)
         try:
-            conf = {"cycle": cycle, "profile": "demo", "overrides": [f"ingest.logs={json.dumps([logs])}"]}
-            run_id = airflow.trigger(f"demo-{cycle}-{datetime.datetime.now():%Y%m%dT%H%M%S}", conf)
-            say(f"\nCycle {cycle}: run {run_id}")
-            tasks, state = follow(airflow, run_id, check, say)
+            names = [stage.name for stage in weekly()]
+            after_people = names[names.index(LAST_BEFORE_PEOPLE) + 1 :]
+            started, tasks, state = run_cycle(airflow, cycle, world, after_people, check, say)
+            if state == "success":
+                reviews(world, cycle, say)
+                _, tasks, state = run_cycle(airflow, cycle, world, [], check, say)
         finally:
             if paused:
                 airflow.pause(True)
-        started = airflow.get(f"/dags/{DAG}/dagRuns/{run_id}")["start_date"]
-        stores = sorted({t for task in tasks if (t := airflow.store_of(task.stage))})
-    show(tasks, datetime.datetime.fromisoformat(started))
+    show(tasks, started)
     say(f"\nCycle {cycle}: {state} in {time.monotonic() - began:.0f} s.")
-    for store in stores:
+    for line in decision(tasks, cycle):
+        say(f"  {line}")
+    for store in sorted({t for task in tasks if (t := airflow.store_of(task.stage))}):
         say(f"  Store     {store}")
     say(f"  State     {state_dir()}")
     say(f"  'make up' opens Airflow and MLflow again (user {endpoints.user}, password in {endpoints.password_file}).")
-    return 0 if state == "success" else 1
+    return 0 if state in ("success", HELD) else 1
 
 
-def traffic(cycle: str, say: Say) -> str:
-    """The week before the cycle, written once; returns the glob of its files."""
-    from flywheel_tasks.simulation.traffic import write_event_log
+def traffic(cycle: str, say: Say) -> Path:
+    """The week before the cycle, chatted with the champion and written once; returns the folder of logs and cards."""
+    from flywheel_tasks.release.reign import for_stage
+    from flywheel_tasks.simulation import world
 
     folder = state_dir() / "demo" / cycle
     if not folder.exists():
+        config = load_config("demo")
+        store = Store(config.store.uri)
+        policy = for_stage(config, "pairs", store, cycle).models.policy
         start = ids.cycle_start(cycle) - datetime.timedelta(days=DAYS)
-        say(f"Simulating {USERS} users for {DAYS} days from {start} ...")
+        say(f"{USERS} simulated users chat with {policy.path} for {DAYS} days from {start} ...")
         unfinished = folder.with_name(f"{cycle}.{secrets.token_hex(4)}")
-        unfinished.mkdir(parents=True)
         try:
-            truth = write_event_log(unfinished, users=USERS, days=DAYS, seed=SEED, start=start)
+            version = policy.path.rpartition(":")[2] if ":" in policy.path else policy.path.split("/")[-2][:12]
+            truth = world.chat_with(policy, version, unfinished, users=USERS, days=DAYS, seed=SEED, start=start)
             os.rename(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         say(f"{truth.lines:,} log lines of {len(truth.conversations):,} conversations in {folder}")
-    return str(folder / "*")
+    return folder
+
+
+def reviews(world_folder: Path, cycle: str, say: Say) -> None:
+    """Annotators answer what went out; an export that has its delivery is not answered again."""
+    from flywheel_tasks.simulation import world
+
+    day = ids.cycle_start(cycle)
+    given = world.answer(
+        world_folder / EXPORTS, world_folder / DELIVERIES, people=ANNOTATORS, noise=NOISE, seed=SEED, day=day
+    )
+    say(f"\n{ANNOTATORS} simulated annotators sent {given:,} reviews." if given else "\nEvery export has its reviews.")
+
+
+def run_cycle(
+    airflow: Airflow, cycle: str, world: Path, skip: list[str], check: Callable[[], None], say: Say
+) -> tuple[datetime.datetime, list[Task], str]:
+    """One run of the DAG, followed to its end: when it started, its tasks, and how it ended."""
+    overrides = [
+        f"ingest.logs={json.dumps([str(world / 'logs' / '*')])}",
+        f"ingest.characters={json.dumps([str(world / 'characters.jsonl')])}",
+        f"annotate-export.folder={json.dumps(str(world / EXPORTS))}",
+        f"annotate-import.deliveries={json.dumps([str(world / DELIVERIES / '*.jsonl')])}",
+    ]
+    conf = {"cycle": cycle, "profile": "demo", "overrides": overrides, "skip": skip, "reviews_at_least": 0}
+    run_id = airflow.trigger(f"demo-{cycle}-{datetime.datetime.now():%Y%m%dT%H%M%S}", conf)
+    say(f"\nCycle {cycle}: run {run_id}")
+    tasks, state = follow(airflow, run_id, check, say)
+    started = airflow.get(f"/dags/{DAG}/dagRuns/{run_id}")["start_date"]
+    return datetime.datetime.fromisoformat(started), tasks, state
 
 
 def follow(airflow: Airflow, run_id: str, check: Callable[[], None], say: Say) -> tuple[list[Task], str]:
-    """Print each change of a task's state until the run ends; of a failure, the end of its log."""
+    """Print each change of a task until the run ends or waits for a person; of a failure, the end of its log."""
     last: dict[str, tuple[str, int]] = {}
     while True:
         check()
@@ -97,15 +141,29 @@ def follow(airflow: Airflow, run_id: str, check: Callable[[], None], say: Say) -
         tasks = airflow.tasks(run_id)
         for task in tasks:
             now = (task.state, task.tries)
-            if last.get(task.stage) == now or task.state in ("none", "scheduled", "queued"):
+            if last.get(task.stage) == now or task.state in ("none", "scheduled", "queued", "skipped"):
                 continue
             last[task.stage] = now
-            say(f"  {datetime.datetime.now():%H:%M:%S}  {task.stage:<22} {task.state:<13} {describe(task)}")
+            say(f"  {datetime.datetime.now():%H:%M:%S}  {task.stage:<22} {task.state:<14} {describe(task)}")
             if task.state in ("failed", "up_for_retry"):
                 say(airflow.log_tail(run_id, task))
         if state in ("success", "failed"):
             return tasks, state
+        if any(task.state == "awaiting_input" for task in tasks):
+            return tasks, HELD
         time.sleep(1)
+
+
+def decision(tasks: list[Task], cycle: str) -> list[str]:
+    """What the gate said, and what a person can do about it."""
+    gates = [task.manifest for task in tasks if task.stage == "gate" and task.manifest]
+    if not gates:
+        return []
+    verdict = next(word for word in ("PASS", "HOLD", "BLOCK") if gates[0].metrics.get(f"gate.{word}"))
+    said = [f"Gate      {verdict}"]
+    if verdict == "HOLD":
+        said.append(f"Answer    in Airflow, or: flywheel answer approve --cycle {cycle} --by NAME --why REASON")
+    return said
 
 
 def describe(task: Task) -> str:
@@ -182,7 +240,7 @@ class Airflow:
 
     def tasks(self, run_id: str) -> list[Task]:
         rows = self.get(f"/dags/{DAG}/dagRuns/{run_id}/taskInstances")["task_instances"]
-        order = [stage.name for stage in STAGES]
+        order = {stage.name: place for place, stage in enumerate(STAGES)}
         return [
             Task(
                 stage=row["task_id"],
@@ -191,7 +249,7 @@ class Airflow:
                 tries=row["try_number"],
                 manifest=self._manifest(run_id, row["task_id"]) if row["state"] == "success" else None,
             )
-            for row in sorted(rows, key=lambda row: order.index(row["task_id"]))
+            for row in sorted(rows, key=lambda row: order.get(row["task_id"], len(order)))
         ]
 
     def store_of(self, stage: str) -> str:

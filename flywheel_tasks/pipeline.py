@@ -4,17 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from flywheel_tasks.annotation import annotate_export, annotate_import, pairs
 from flywheel_tasks.core.config import FlywheelConfig, load
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.stage import Stage
 from flywheel_tasks.curation import constrain, diversify, filter, ingest
-from flywheel_tasks.release import expose, readout
+from flywheel_tasks.evaluation import benchmarks, gate_stage, metrics, respond, winrate
+from flywheel_tasks.herding import dpo, sft
+from flywheel_tasks.preherding import preference_rm, rejection_sample, signal_rm
+from flywheel_tasks.release import expose, promote, readout
 
 STAGES: tuple[Stage, ...] = (
     ingest.STAGE,
     filter.STAGE,
     diversify.STAGE,
     constrain.STAGE,
+    pairs.STAGE,
+    annotate_export.STAGE,
+    annotate_import.STAGE,
+    preference_rm.POINTWISE,
+    preference_rm.PAIRWISE,
+    signal_rm.STAGE,
+    rejection_sample.STAGE,
+    sft.STAGE,
+    dpo.STAGE,
+    respond.STAGE,
+    metrics.STAGE,
+    benchmarks.STAGE,
+    winrate.STAGE,
+    gate_stage.STAGE,
+    promote.STAGE,
     expose.STAGE,
     readout.STAGE,
 )

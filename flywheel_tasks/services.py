@@ -29,6 +29,8 @@ from flywheel_tasks.core.errors import FlywheelError, InputError
 
 LOOPBACK = "127.0.0.1"
 USER = "admin"
+MLFLOW_UI_VARIABLE = "FLYWHEEL_MLFLOW_UI"
+"""Where a person sees what a stage tracked; stages write to the database behind it, and print the link."""
 DAGS = Path(__file__).resolve().parents[1] / "dags"
 START_SECONDS = 300.0
 DRAIN_SECONDS, STOP_SECONDS = 3.0, 5.0
@@ -177,7 +179,12 @@ def airflow_services(port: int) -> list[Service]:
     env = airflow_environment(port)
     # Without its flag the scheduler serves its logs on every interface.
     parts = {"api-server": (), "dag-processor": (), "scheduler": ("--skip-serve-logs",)}
-    return [Service(name, (sys.executable, "-m", "airflow", name, *flags), env) for name, flags in parts.items()]
+    return [_airflow_part(name, flags, env) for name, flags in parts.items()]
+
+
+def triggerer_service(env: Mapping[str, str]) -> Service:
+    """Only the wait for annotators needs it, and nothing waits for it: it starts last, and not for the demo."""
+    return _airflow_part("triggerer", ("--skip-serve-logs",), env)
 
 
 def mlflow_service(port: int) -> Service:
@@ -221,6 +228,10 @@ def free_port(preferred: int) -> int:
     raise FlywheelError(f"no free port on {LOOPBACK}: stop another server, then try again")
 
 
+def _airflow_part(name: str, flags: tuple[str, ...], env: Mapping[str, str]) -> Service:
+    return Service(name, (sys.executable, "-m", "airflow", name, *flags), env)
+
+
 def _joined(say: Callable[[str], None]) -> Endpoints:
     file = state_dir() / "services.json"
     deadline = time.monotonic() + START_SECONDS
@@ -261,7 +272,8 @@ def _started(say: Callable[[str], None], whole: bool) -> Iterator[tuple[Endpoint
 
         def start(service: Service) -> None:
             with (logs / f"{service.name}.log").open("wb") as log:
-                children[service.name] = processes.spawn(service.argv, env=service.env, stdout=log, stderr=STDOUT)
+                env = {**service.env, MLFLOW_UI_VARIABLE: endpoints.mlflow}
+                children[service.name] = processes.spawn(service.argv, env=env, stdout=log, stderr=STDOUT)
 
         say("Starting Airflow and MLflow (half a minute) ...")
         airflow = airflow_services(ports[0])
@@ -274,6 +286,8 @@ def _started(say: Callable[[str], None], whole: bool) -> Iterator[tuple[Endpoint
         # A stage that logs while the server creates the database would create it too, and one of them would fail.
         if not elsewhere and (whole or not _tracking_database().exists()):
             _wait_until("MLflow", lambda: bool(_get(f"{endpoints.mlflow}/health")), check, logs)
+        if whole:
+            start(triggerer_service(airflow[0].env))
         file.write_text(json.dumps(asdict(endpoints)))
         yield endpoints, check
     finally:
