@@ -71,9 +71,9 @@ def run_demo(cycle: str, say: Say) -> int:
                 airflow.pause(True)
     show(tasks, started)
     say(f"\nCycle {cycle}: {state} in {time.monotonic() - began:.0f} s.")
-    for line in decision(tasks, cycle):
-        say(f"  {line}")
     for store in sorted({t for task in tasks if (t := airflow.store_of(task.stage))}):
+        for line in decision(Store(store), tasks, cycle):
+            say(f"  {line}")
         say(f"  Store     {store}")
     say(f"  State     {state_dir()}")
     say(f"  'make up' opens Airflow and MLflow again (user {endpoints.user}, password in {endpoints.password_file}).")
@@ -154,14 +154,15 @@ def follow(airflow: Airflow, run_id: str, check: Callable[[], None], say: Say) -
         time.sleep(1)
 
 
-def decision(tasks: list[Task], cycle: str) -> list[str]:
-    """What the gate said, and what a person can do about it."""
-    gates = [task.manifest for task in tasks if task.stage == "gate" and task.manifest]
-    if not gates:
+def decision(store: Store, tasks: list[Task], cycle: str) -> list[str]:
+    """What the gate said and why, and what a person can do about it."""
+    made = next((task.manifest for task in tasks if task.stage == "gate" and task.manifest), None)
+    if made is None:
         return []
-    verdict = next(word for word in ("PASS", "HOLD", "BLOCK") if gates[0].metrics.get(f"gate.{word}"))
-    said = [f"Gate      {verdict}"]
-    if verdict == "HOLD":
+    found = store.get(made.stage, made.key).json("decision")
+    against = [rule["reason"] for rule in found["rules"] if rule["verdict"] == found["decision"] != "PASS"]
+    said = [f"Gate      {found['decision']}", *(f"          {reason}" for reason in against)]
+    if found["decision"] == "HOLD":
         said.append(f"Answer    in Airflow, or: flywheel answer approve --cycle {cycle} --by NAME --why REASON")
     return said
 
