@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.quarantine import quarantined, without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
+from flywheel_tasks.curation.language import LanguageConfig
 from flywheel_tasks.herding import mixture
 from flywheel_tasks.training.learn import LearnConfig
 
@@ -30,6 +32,7 @@ class SftConfig(LearnConfig):
         },
         description="share of each of the six sources; they sum to 1",
     )
+    language: LanguageConfig = Field(LanguageConfig(), description="how the linter tells the language of a turn")
     rows: int | None = Field(None, ge=1, description="examples of the mixture (empty: the most that repeats none)")
     data: tuple[str, ...] = Field(
         (), description="globs of .jsonl files with examples of the sources that are not made here",
@@ -67,7 +70,7 @@ def run(inputs: Inputs, config: SftConfig, out: Output) -> None:
     read = pa.concat_tables([*sampled, delivered])
     known, forgotten = without(read, inputs.forgotten, "example_id")
     examples, repeated = distinct(known)
-    cleaned = linter.clean_examples(examples)
+    cleaned = linter.clean_examples(examples, languages(config.language))
     drawn = mixture.sample(cleaned.table, config.ratios, config.rows, out.seed)
     mixed = cleaned.table.take(drawn)
     left = np.ones(cleaned.table.num_rows, bool)
@@ -101,6 +104,16 @@ def distinct(examples: pa.Table) -> tuple[pa.Table, pa.Table]:
     return examples.filter(pa.array(first)), quarantined(again, "example_id", "example_id_repeats")
 
 
+def languages(config: LanguageConfig) -> Callable[[pa.StringArray], list[str | None]]:
+    """The curation's detector as the linter takes it: None where a text is too short to tell."""
+    from flywheel_tasks.curation.language import UNDETERMINED, detect
+
+    def told(texts: pa.StringArray) -> list[str | None]:
+        return [None if tag == UNDETERMINED else tag for tag in detect(texts, config).language]
+
+    return told
+
+
 STAGE = Stage(
     name="sft",
     phase="herding",
@@ -115,6 +128,6 @@ STAGE = Stage(
     config=SftConfig,
     run=run,
     models=("base",),
-    data=("models/card.j2", "style"),
+    data=("models/card.j2", "style", "curation/weights"),
     resources=Resources(cpus=2, gpus=8, memory_gib=16),
 )

@@ -24,7 +24,7 @@ from flywheel_tasks.style.repairs import REPAIRS
 from flywheel_tasks.style.rules import Use
 from flywheel_tasks.style.words import BoolArray, IntArray
 
-Language = Callable[[pa.StringArray], Sequence[str]]
+Language = Callable[[pa.StringArray], Sequence[str | None]]
 """Tells the language of texts; curation's detector, handed in by whoever may import it."""
 _ROUNDS = 4
 
