@@ -118,18 +118,22 @@ def run_cycle(
     airflow: Airflow, cycle: str, world: Path, skip: list[str], check: Callable[[], None], say: Say
 ) -> tuple[datetime.datetime, list[Task], str]:
     """One run of the DAG, followed to its end: when it started, its tasks, and how it ended."""
-    overrides = [
-        f"ingest.logs={json.dumps([str(world / 'logs' / '*')])}",
-        f"ingest.characters={json.dumps([str(world / 'characters.jsonl')])}",
-        f"annotate-export.folder={json.dumps(str(world / EXPORTS))}",
-        f"annotate-import.deliveries={json.dumps([str(world / DELIVERIES / '*.jsonl')])}",
-    ]
-    conf = {"cycle": cycle, "profile": "demo", "overrides": overrides, "skip": skip, "reviews_at_least": 0}
+    conf = {"cycle": cycle, "profile": "demo", "overrides": overrides(world), "skip": skip, "reviews_at_least": 0}
     run_id = airflow.trigger(f"demo-{cycle}-{datetime.datetime.now():%Y%m%dT%H%M%S}", conf)
     say(f"\nCycle {cycle}: run {run_id}")
     tasks, state = follow(airflow, run_id, check, say)
     started = airflow.get(f"/dags/{DAG}/dagRuns/{run_id}")["start_date"]
     return datetime.datetime.fromisoformat(started), tasks, state
+
+
+def overrides(world: Path) -> list[str]:
+    """Where this week's logs, cards, exports and deliveries are."""
+    return [
+        f"ingest.logs={json.dumps([str(world / 'logs' / '*')])}",
+        f"ingest.characters={json.dumps([str(world / 'characters.jsonl')])}",
+        f"annotate-export.folder={json.dumps(str(world / EXPORTS))}",
+        f"annotate-import.deliveries={json.dumps([str(world / DELIVERIES / '*.jsonl')])}",
+    ]
 
 
 def follow(airflow: Airflow, run_id: str, check: Callable[[], None], say: Say) -> tuple[list[Task], str]:

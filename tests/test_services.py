@@ -21,11 +21,13 @@ import httpx
 import psutil
 import pytest
 
-from flywheel_tasks import processes, services
+from flywheel_tasks import demo, processes, services
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.pipeline import weekly
 
 UP = "from flywheel_tasks import services; services.up(lambda line: print(line, flush=True))"
+BETWEEN = {"await-reviews", "approve"}
+"""Tasks of the weekly DAG that are no stages: nobody is waited for unless somebody says so."""
 DEMO = "import sys; from flywheel_tasks import demo; sys.exit(demo.run_demo('2026-W20', print))"
 
 
@@ -234,18 +236,22 @@ def test_a_second_up_finds_the_first(up: Up):
 
 
 def finished(up: Up, code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], env=up.environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=up.environment, capture_output=True, text=True, timeout=1800
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_a_cycle_runs_through_the_scheduler_and_a_second_time_from_the_store(up: Up):
     first, second = finished(up, DEMO), finished(up, DEMO)
     assert (first.returncode, second.returncode) == (0, 0), first.stdout + second.stdout
     assert "from store" not in first.stdout
     summary = second.stdout.partition("artifact")[2].partition("Cycle")[0].strip().splitlines()
-    assert [line.split()[0] for line in summary] == [stage.name for stage in weekly()]
-    assert all(" from store " in line for line in summary)
+    names = [stage.name for stage in weekly()]
+    shown = [line.split()[0] for line in summary]
+    assert (shown[: len(names)], set(shown[len(names) :])) == (names, BETWEEN)
+    assert all((" from store " in line) is (line.split()[0] in names) for line in summary)
     with up.client() as client:
         assert client.get("/dags/character_flywheel").json()["is_paused"] is True
         xcoms = client.get("/dags/character_flywheel/dagRuns/~/taskInstances/~/xcomEntries").json()["xcom_entries"]
@@ -263,8 +269,9 @@ def test_a_failing_cycle_says_why(up: Up):
 
 @pytest.mark.slow
 def test_the_command_line_finds_everything_the_dag_made(up: Up):
-    logs = f'ingest.logs=["{up.state}/demo/2026-W20/*"]'
-    argv = [sys.executable, "-m", "flywheel_tasks.cli", "cycle", "--cycle", "2026-W20", "--set", logs, "--json"]
+    world = up.state / "demo" / "2026-W20"
+    settings = [f"--set={setting}" for setting in demo.overrides(world)]
+    argv = [sys.executable, "-m", "flywheel_tasks.cli", "cycle", "--cycle", "2026-W20", *settings, "--json"]
     env = up.environment | {"FLYWHEEL_USER_KEY": (up.state / "secrets" / "user_key").read_text()}
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -275,15 +282,17 @@ def test_the_command_line_finds_everything_the_dag_made(up: Up):
 
 @pytest.mark.slow
 def test_after_a_skipped_stage_the_rest_runs_on_what_the_store_has(up: Up):
-    skipped = weekly()[0].name
+    first, *later = (stage.name for stage in weekly())
+    skipped = {first, *later[later.index("constrain") + 1 :]}
     with up.client() as client:
         client.patch("/dags/character_flywheel", json={"is_paused": False}).raise_for_status()
-        body = {"dag_run_id": "skips", "logical_date": None, "conf": {"cycle": "2026-W20", "skip": [skipped]}}
+        body = {"dag_run_id": "skips", "logical_date": None, "conf": {"cycle": "2026-W20", "skip": sorted(skipped)}}
         client.post("/dags/character_flywheel/dagRuns", json=body).raise_for_status()
         run = "/dags/character_flywheel/dagRuns/skips"
         wait_for(lambda: client.get(run).json()["state"] in ("success", "failed"), up.process, 240)
         states = {t["task_id"]: t["state"] for t in client.get(f"{run}/taskInstances").json()["task_instances"]}
-    assert states == {s.name: "success" for s in weekly()} | {skipped: "skipped"}
+    assert {name for name, state in states.items() if state == "skipped"} == skipped | BETWEEN
+    assert {state for name, state in states.items() if name not in skipped | BETWEEN} == {"success"}
 
 
 @pytest.mark.slow
