@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from typing import Any
@@ -91,9 +92,9 @@ class StageOperator(BaseOperator):
         """Airflow settings that follow from what the stage asks of the machine."""
         return {}
 
+    @abstractmethod
     def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
         """Run `flywheel` with these arguments, log its stderr, return the last line of its stdout."""
-        raise NotImplementedError
 
 
 def day_of(context: Mapping[str, Any]) -> date:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,9 +55,9 @@ class RemoteOperator(StageOperator):
             self.log.warning("%s after its artifact was committed: the work is done", ended.how or "it ended badly")
         return artifact.uri
 
+    @abstractmethod
     def run_to_end(self, arguments: Sequence[str], context: Mapping[str, Any]) -> Ended:
         """Run `flywheel` with these arguments, log what it says, and tell how it ended."""
-        raise NotImplementedError
 
 
 def task_of(context: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from flywheel_tasks.annotation import contract
@@ -19,6 +18,7 @@ from flywheel_tasks.annotation.contract import Character, Mode, Question, Task
 from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.quarantine import of_others
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.curation.privacy import identifiers, mask
 
@@ -59,7 +59,7 @@ def run(inputs: Inputs, config: ExportConfig, out: Output) -> None:
 
     key = ids.user_key()
     earlier = inputs.get("earlier")
-    ledger = _without(earlier.read(), inputs.forgotten) if earlier else schemas.get("task").empty_table()
+    ledger = of_others(earlier.read(), inputs.forgotten) if earlier else schemas.get("task").empty_table()
     pairs = inputs["pairs"].read()
     questions = (*contract.core_questions(), *config.questions)
     known = set(ledger["pair_id"].to_pylist())
@@ -156,10 +156,6 @@ def make_tasks(
 
 def _masked(text: str) -> str:
     return mask(text, identifiers(text))
-
-
-def _without(ledger: pa.Table, forgotten: frozenset[str]) -> pa.Table:
-    return ledger.filter(pc.invert(pc.is_in(ledger["user"], pa.array(sorted(forgotten), pa.string()))))
 
 
 STAGE = Stage(

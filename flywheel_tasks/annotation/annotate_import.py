@@ -23,6 +23,7 @@ from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import Operational, StageConfig
 from flywheel_tasks.core.manifest import SourceRecord
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.quarantine import of_others
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.core.storage import open_external
 
@@ -62,11 +63,11 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
     from flywheel_tasks.annotation.reviewers import excluded, reviewers
 
     key = ids.user_key()
-    ledger = _without(inputs["tasks"].read(), inputs.forgotten)
+    ledger = of_others(inputs["tasks"].read(), inputs.forgotten)
     tasks = {row["task_id"]: row for row in ledger.select(_KNOWN).to_pylist()}
     questions = _questions(inputs)
     earlier = inputs.get("earlier")
-    before = _without(earlier.read(), inputs.forgotten) if earlier else schemas.get("annotation").empty_table()
+    before = of_others(earlier.read(), inputs.forgotten) if earlier else schemas.get("annotation").empty_table()
     said_before = inputs.json("earlier_report") or {}
     read_before = dict(said_before.get("files", {}))
     contradicted = {name: datetime.fromisoformat(at) for name, at in said_before.get("contradicted", {}).items()}
@@ -235,10 +236,6 @@ def _quarantine(refused: Iterable[Any]) -> pa.Table:
         for one in refused
     ]  # fmt: skip
     return pa.Table.from_pylist(rows, schema=schemas.QUARANTINE)
-
-
-def _without(table: pa.Table, forgotten: frozenset[str]) -> pa.Table:
-    return table.filter(pc.invert(pc.is_in(table["user"], pa.array(sorted(forgotten), pa.string()))))
 
 
 STAGE = Stage(

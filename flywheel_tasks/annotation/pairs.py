@@ -15,6 +15,7 @@ from flywheel_tasks.annotation import pairing, rewriting
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig, StageConfig, model_of
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.quarantine import of_others
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
 
@@ -70,8 +71,8 @@ def run(inputs: Inputs, config: PairsConfig, out: Output) -> None:
     from flywheel_tasks.models.generate import cards
 
     pool = (config.policy, *config.candidates)
-    prompts = _without(inputs["prompts"].read(), inputs.forgotten)
-    sessions = {mode: _without(table.read(), inputs.forgotten) for mode in SESSIONS if (table := inputs.get(mode))}
+    prompts = of_others(inputs["prompts"].read(), inputs.forgotten)
+    sessions = {mode: of_others(table.read(), inputs.forgotten) for mode in SESSIONS if (table := inputs.get(mode))}
     planned = pairing.plan(
         prompts,
         sessions,
@@ -136,10 +137,6 @@ def report(
 
 def _mean(values: Any) -> float | None:
     return round(float(values.mean()), 4) if len(values) else None
-
-
-def _without(prompts: pa.Table, forgotten: frozenset[str]) -> pa.Table:
-    return prompts.filter(pc.invert(pc.is_in(prompts["user"], pa.array(sorted(forgotten), pa.string()))))
 
 
 def _quarantine(dropped: pa.Table, reasons: pa.Array) -> pa.Table:

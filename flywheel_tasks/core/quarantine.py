@@ -20,6 +20,11 @@ def quarantined(rows: pa.Table, id_column: str, reason: str | Sequence[str]) -> 
     return pa.table([names, pa.array(reasons, pa.string()), names, users, nothing], schema=schemas.QUARANTINE)
 
 
+def of_others(rows: pa.Table, forgotten: Iterable[str]) -> pa.Table:
+    """The rows of everybody who did not ask to be forgotten."""
+    return without(rows, forgotten, rows.column_names[0])[0]
+
+
 def without(
     rows: pa.Table, forgotten: Iterable[str], id_column: str, user_column: str = "user"
 ) -> tuple[pa.Table, pa.Table]:

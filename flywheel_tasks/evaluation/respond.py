@@ -17,6 +17,7 @@ from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig, Operational, StageConfig, model_of
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.quarantine import of_others
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.evaluation.versus import CANDIDATE, CHAMPION, SETS
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
@@ -59,7 +60,7 @@ def run(inputs: Inputs, config: RespondConfig, out: Output) -> None:
     has (same weights, same card and turns, same sampling) is taken from there."""
     from flywheel_tasks.models.generate import cards
 
-    prompts = _chosen(_without(inputs["prompts"].read(), inputs.forgotten), config.most_prompts)
+    prompts = _chosen(of_others(inputs["prompts"].read(), inputs.forgotten), config.most_prompts)
     overlap = _leaks(inputs, prompts, config)
     characters = cards(inputs["characters"].read())
     earlier = _Earlier.of(inputs)
@@ -91,10 +92,6 @@ def run(inputs: Inputs, config: RespondConfig, out: Output) -> None:
     out.account("response", rows_in=written, rows_out=written)
     for name, found in counts.items():
         out.metric(f"{name}.failed", found["failed"])
-
-
-def _without(table: pa.Table, forgotten: frozenset[str]) -> pa.Table:
-    return table.filter(pc.invert(pc.is_in(table["user"], pa.array(sorted(forgotten), pa.string()))))
 
 
 def _chosen(prompts: pa.Table, most: int) -> pa.Table:
@@ -195,7 +192,7 @@ class _Earlier(NamedTuple):
         table, contents = inputs.get("earlier"), inputs.json("earlier_contents")
         if table is None or contents is None:
             return cls(schemas.COMPLETION.empty_table(), {}, {})
-        responses = _without(table.read(), inputs.forgotten)
+        responses = of_others(table.read(), inputs.forgotten)
         ids = responses["completion_id"].to_pylist()
         return cls(responses, {_draw(completion): row for row, completion in enumerate(ids)}, contents)
 
