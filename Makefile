@@ -1,6 +1,7 @@
 # The two commands that matter: `make demo` runs a whole cycle, `make test` runs the tests. Both set up what is missing.
 ACCEL   ?= cpu
 CYCLE   ?= $(shell date -u +%G-W%V)
+CYCLES  ?= 1
 PYTHON  ?= python3.11
 VENV    := .venv
 BIN     := $(VENV)/bin
@@ -15,11 +16,11 @@ endif
 TORCH_cuda := --torch-backend auto
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c $(LOCK) $(TORCH_$(ACCEL))
 
-.PHONY: help demo test test-all up label-studio bench lint setup lock clean
+.PHONY: help demo test test-all test-O up label-studio bench lint setup lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-zA-Z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## install the locked environment into .venv (ACCEL=cuda on a GPU machine)
 
@@ -30,8 +31,8 @@ $(READY): pyproject.toml $(LOCK)
 	$(INSTALL) -e '.[$(ACCEL),airflow,demo,test]'
 	@touch $@
 
-demo: $(READY) ## one whole cycle through the Airflow DAG on this machine
-	$(BIN)/flywheel demo --cycle $(CYCLE)
+demo: $(READY) ## one whole cycle through the Airflow DAG on this machine, and its A/B week (CYCLES=3: three weeks)
+	$(BIN)/flywheel demo --cycle $(CYCLE) --cycles $(CYCLES)
 
 up: $(READY) ## Airflow and MLflow on loopback, the DAG ready for a manual trigger
 	$(BIN)/flywheel up
@@ -41,6 +42,9 @@ test: $(READY) ## the tests
 
 test-all: $(READY) ## the tests, slow ones included
 	$(BIN)/python -m pytest
+
+test-O: $(READY) ## the tests under python -O, in every process they start (TESTS=tests/core: a part of them)
+	PYTHONOPTIMIZE=1 $(BIN)/python -m pytest -m 'not slow' $(TESTS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -16,8 +16,9 @@ import math
 import os
 import resource
 import tempfile
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,14 +61,39 @@ def ours(path: str, rows: int) -> dict[str, Any]:
     from flywheel_tasks.curation.cluster import quantise, similarity
     from flywheel_tasks.curation.prune import keep, redundancies
 
-    source, vectors = _load(path, rows), np.empty((rows, WIDTH), dtype=np.int16)
-    for at in range(0, rows, 50_000):
-        vectors[at : at + 50_000] = quantise(source[at : at + 50_000])[0]
-    order = np.random.default_rng(SEED).permutation(rows)
-    found = redundancies(vectors, order, 1024, SEED)
-    kept = keep(found.redundancy, order, np.ones(rows, dtype=np.int64), KEEP) > 0
+    source = _load(path, rows)
+    with tempfile.NamedTemporaryFile() as file, Anonymous() as memory:
+        vectors = np.memmap(file.name, np.int16, "w+", shape=(rows, WIDTH))  # the stage keeps them in such a file
+        for at in range(0, rows, 50_000):
+            vectors[at : at + 50_000] = quantise(source[at : at + 50_000])[0]
+        order = np.random.default_rng(SEED).permutation(rows)
+        found = redundancies(vectors, order, 1024, SEED)
+        kept = keep(found.redundancy, order, np.ones(rows, dtype=np.int64), KEEP) > 0
     cut = found.redundancy[kept & np.isfinite(found.redundancy)].max()
-    return _quality(source, kept) | {"cut": float(similarity(cut)), "largest_block": max(map(len, found.blocks))}
+    largest = max(map(len, found.blocks))
+    return _quality(source, kept) | {
+        "cut": float(similarity(cut)), "largest_block": largest, "anonymous_mib": memory.peak_mib
+    }  # fmt: skip
+
+
+class Anonymous:
+    """Peak of the memory that is no file's: mapped pages of a file go back to the system when it needs them."""
+
+    def __enter__(self) -> Self:
+        self.peak_mib, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.1):
+            text = Path("/proc/self/smaps_rollup").read_text()
+            kib = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Anonymous:"))
+            self.peak_mib = max(self.peak_mib, kib // 1024)
 
 
 def peer(path: str, rows: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def same(values: dict[str, Any]) -> None:
 
 
 def main(quick: bool) -> Report:
-    count = 48 if quick else 256
+    count = 24 if quick else 96
     with tempfile.TemporaryDirectory() as folder:
         prompts = write_prompts(Path(folder) / "prompts.parquet", count)
         arguments = {"prompts": str(prompts), "k": K, "max_tokens": MAX_TOKENS}
@@ -35,7 +35,7 @@ def main(quick: bool) -> Report:
                 Contender("ours", "benchmarks.generation_flywheel:generate", arguments, work=count * K),
                 Contender("vllm.LLM.generate", "benchmarks.generation_bare:generate", arguments, work=count * K),
             ],
-            repeats=1 if quick else 5,
+            repeats=1 if quick else 3,
             unit="responses",
             agree=same,
             notes=[

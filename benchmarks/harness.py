@@ -55,6 +55,8 @@ class Row:
     max_rss_mib: float
     rate: float | None
     result: Any
+    """What the last run returned; `results` has every run's."""
+    results: list[Any]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def compare(
         wall = statistics.median(walls)
         rows.append(
             Row(c.name, round(wall, 4), [round(w, 4) for w in walls], round(statistics.median(process), 4),
-                round(max(pss), 1), round(max(rss), 1), round(c.work / wall, 1) if c.work else None, results[-1])
+                round(max(pss), 1), round(max(rss), 1), round(c.work / wall, 1) if c.work else None, results[-1],
+                list(results))
         )  # fmt: skip
     return Report(name, title, unit, rows, list(notes))
 

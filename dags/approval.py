@@ -17,6 +17,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from launch import printable
 
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.release import ledger
 
 APPROVE, REJECT = "Approve", "Reject"
 WORDS = {APPROVE: "approve", REJECT: "reject"}
@@ -38,6 +39,9 @@ class Approval(HITLOperator):
         said = artifact.json("promotion")
         if said["outcome"] != "held":
             raise AirflowSkipException(f"the gate said {said['decision']}: nobody has to decide")
+        known = ledger.read(artifact.storage)
+        if before := known.find("nominate", said["gate"]) or known.find("refuse", said["gate"]):
+            raise AirflowSkipException(f"{before.by} answered before ({before.action}): nobody is asked twice")
         self.response_timeout = timedelta(hours=artifact.manifest.config["hold_hours"])
         self.body = page(artifact, said)
         self.log.info("%s", self.body)

@@ -252,6 +252,8 @@ def _run_stage(stage: Stage, cycle: str, config: FlywheelConfig, given: dict[str
     result = run_stage(stage, cycle, for_stage(config, stage.name, store, cycle), store, given)
     if stage.name in ("promote", "readout"):
         champion_commands.follow(store, config, cycle)
+        if result.outcome == "made":
+            evaluation_commands.log_page(store, config, cycle)
     manifest = result.artifact.manifest
     outcome = {"made": "made", "cached": "already there:", "lost": "another attempt was first:"}[result.outcome]
     _say(f"{stage.name}: {_accounting(manifest)}")

@@ -1,7 +1,12 @@
-"""`make demo`: users chat with the champion for a week, then one whole cycle through the Airflow DAG.
+"""`make demo`: users chat with the champion for a week, one whole cycle runs through the Airflow DAG, and an A/B week
+decides on its candidate. `CYCLES=3` turns the wheel three times: each week's traffic is the then champion's.
 
-The cycle runs as it does with people in it: first the pairs go out, then annotators answer, then the same cycle runs
-again and goes on from what came back. What the first run made is found, not made again.
+A cycle runs as it does with people in it: the pairs go out, annotators answer, and the same cycle runs again and goes
+on from what came back; what exists is found, not made again. All people are simulated: users, annotators, and the
+reviewer of a HOLD, who answers over the API behind Airflow's form. A demo that stopped at a HOLD would end there most
+of the time, because few prompts leave wide intervals; the ledger and this output say who answered and why. A BLOCK is
+final: no user meets the candidate. With one cycle the champion stays as it is and the command that would crown the
+candidate is printed; with several the demo calls it where the readout says ship.
 """
 
 from __future__ import annotations
@@ -9,121 +14,100 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import secrets
-import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from flywheel_tasks import demo_week as week
 from flywheel_tasks.core import ids
 from flywheel_tasks.core.errors import FlywheelError
-from flywheel_tasks.core.manifest import Manifest
-from flywheel_tasks.core.store import Store
-from flywheel_tasks.pipeline import STAGES, load_config, weekly
-from flywheel_tasks.services import Endpoints, banner, running, state_dir
+from flywheel_tasks.core.store import Artifact
+from flywheel_tasks.demo_airflow import Airflow, Run, Say
+from flywheel_tasks.pipeline import weekly
+from flywheel_tasks.services import banner, running, state_dir
 
-DAG = "character_flywheel"
-USERS, DAYS, SEED = 100, 7, 17
 ANNOTATORS, NOISE = 6, 0.1
 LAST_BEFORE_PEOPLE = "annotate-export"
-LOG_LINES = 25
-EXPORTS, DELIVERIES = "exports", "deliveries"
-HELD = "held"
-DONE = ("success", "failed", "skipped", "upstream_failed", "removed")
-Say = Callable[[str], None]
+REPORT = "report"
 
 
 @dataclass(frozen=True)
-class Task:
-    """The last state of one task of the run, and its artifact where it has one."""
+class Turn:
+    """One turn of the wheel: the cycle's run, and the readout where there was an A/B week."""
 
-    stage: str
-    state: str
-    seconds: float
-    tries: int
-    manifest: Manifest | None = None
+    cycle: str
+    run: Run
+    readout: Artifact | None
 
 
-def run_demo(cycle: str, say: Say) -> int:
-    """Returns the exit code: 0 when every stage succeeded, whatever the gate decided."""
+def run_demo(cycle: str, say: Say, cycles: int = 1) -> int:
+    """Returns the exit code: 0 when every stage succeeded, whatever gate and readout decided."""
     began = time.monotonic()
     os.umask(0o077)
-    cycle = ids.cycle_id(cycle) if cycle else ids.cycle_of(datetime.datetime.now(datetime.UTC).date())
-    world = traffic(cycle, say)
+    first = ids.cycle_id(cycle) if cycle else ids.cycle_of(datetime.datetime.now(datetime.UTC).date())
+    monday = ids.cycle_start(first)
+    names = [ids.cycle_of(monday + datetime.timedelta(weeks=number)) for number in range(cycles)]
+    week.traffic(first, say)
+    turns: list[Turn] = []
     with running(say, whole=False) as (endpoints, check):
         say(banner(endpoints))
-        airflow = Airflow(endpoints)
-        airflow.wait_for_dag(check)
-        paused = airflow.pause(False)
+        airflow = Airflow(endpoints, check, say)
+        paused = []
         try:
-            names = [stage.name for stage in weekly()]
-            after_people = names[names.index(LAST_BEFORE_PEOPLE) + 1 :]
-            started, tasks, state = run_cycle(airflow, cycle, world, after_people, check, say)
-            if state == "success":
-                reviews(world, cycle, say)
-                _, tasks, state = run_cycle(airflow, cycle, world, [], check, say)
+            for dag in (week.WEEKLY, week.DAILY):
+                airflow.wait_for_dag(dag)
+                paused += [dag] if airflow.pause(dag, False) else []
+            for name in names:
+                turns.append(turn(airflow, name, say))
+                if turns[-1].run.state != "success":
+                    break
+                if cycles > 1 and turns[-1].readout:
+                    say(crown(name))
         finally:
-            if paused:
-                airflow.pause(True)
-    show(tasks, started)
-    say(f"\nCycle {cycle}: {state} in {time.monotonic() - began:.0f} s.")
-    for store in sorted({t for task in tasks if (t := airflow.store_of(task.stage))}):
-        for line in decision(Store(store), tasks, cycle):
+            for dag in paused:
+                airflow.pause(dag, True)
+    for done in turns:
+        show(done.run)
+        say(f"\nCycle {done.cycle}: {done.run.state}")
+        for line in [*decision(done), *(week.lifts(done.readout) if done.readout else []), *truth(done)]:
             say(f"  {line}")
-        say(f"  Store     {store}")
-    say(f"  State     {state_dir()}")
-    say(f"  'make up' opens Airflow and MLflow again (user {endpoints.user}, password in {endpoints.password_file}).")
-    return 0 if state in ("success", HELD) else 1
+    if cycles > 1:
+        climb(turns)
+    elif turns[-1].readout and not week.crowned(first):
+        say(f"  Champion  unchanged; to act on the readout: flywheel crown --cycle {first} --profile {week.PROFILE}")
+    say(f"\n{len(turns)} of {cycles} cycle{'s' * (cycles > 1)} in {time.monotonic() - began:.0f} s.")
+    say(f"  Report    {report(names[-1])}")
+    say(f"  Store     {week.store().uri}")
+    say(f"  Airflow   {endpoints.airflow}/dags/{week.WEEKLY}")
+    say(f"  MLflow    {endpoints.mlflow}/#/experiments?workflowType=machine_learning")
+    say(f"  'make up' opens both again (user {endpoints.user}, password in {endpoints.password_file}).")
+    return 0 if all(done.run.state == "success" for done in turns) else 1
 
 
-def traffic(cycle: str, say: Say) -> Path:
-    """The week before the cycle, chatted with the champion and written once; returns the folder of logs and cards."""
-    from flywheel_tasks.release.reign import for_stage
+def turn(airflow: Airflow, cycle: str, say: Say) -> Turn:
+    """One turn of the wheel: the cycle up to the people, their answers, the rest, and the A/B week."""
     from flywheel_tasks.simulation import world
 
-    folder = state_dir() / "demo" / cycle
-    if not folder.exists():
-        config = load_config("demo")
-        store = Store(config.store.uri)
-        policy = for_stage(config, "pairs", store, cycle).models.policy
-        start = ids.cycle_start(cycle) - datetime.timedelta(days=DAYS)
-        say(f"{USERS} simulated users chat with {policy.path} for {DAYS} days from {start} ...")
-        unfinished = folder.with_name(f"{cycle}.{secrets.token_hex(4)}")
-        try:
-            version = policy.path.rpartition(":")[2] if ":" in policy.path else policy.path.split("/")[-2][:12]
-            truth = world.chat_with(policy, version, unfinished, users=USERS, days=DAYS, seed=SEED, start=start)
-            os.rename(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        say(f"{truth.lines:,} log lines of {len(truth.conversations):,} conversations in {folder}")
-    return folder
-
-
-def reviews(world_folder: Path, cycle: str, say: Say) -> None:
-    """Annotators answer what went out; an export that has its delivery is not answered again."""
-    from flywheel_tasks.simulation import world
-
-    day = ids.cycle_start(cycle)
-    given = world.answer(
-        world_folder / EXPORTS, world_folder / DELIVERIES, people=ANNOTATORS, noise=NOISE, seed=SEED, day=day
-    )
-    say(f"\n{ANNOTATORS} simulated annotators sent {given:,} reviews." if given else "\nEvery export has its reviews.")
-
-
-def run_cycle(
-    airflow: Airflow, cycle: str, world: Path, skip: list[str], check: Callable[[], None], say: Say
-) -> tuple[datetime.datetime, list[Task], str]:
-    """One run of the DAG, followed to its end: when it started, its tasks, and how it ended."""
-    conf = {"cycle": cycle, "profile": "demo", "overrides": overrides(world), "skip": skip, "reviews_at_least": 0}
-    run_id = airflow.trigger(f"demo-{cycle}-{datetime.datetime.now():%Y%m%dT%H%M%S}", conf)
-    say(f"\nCycle {cycle}: run {run_id}")
-    tasks, state = follow(airflow, run_id, check, say)
-    started = airflow.get(f"/dags/{DAG}/dagRuns/{run_id}")["start_date"]
-    return datetime.datetime.fromisoformat(started), tasks, state
+    folder = week.traffic(cycle, say)
+    names = [stage.name for stage in weekly()]
+    # A few dozen examples could not teach the base what earlier cycles taught: SFT goes on from the champion.
+    settings = [*overrides(folder), f"models.base.path={week.reigning(cycle).path}"]
+    conf = {"cycle": cycle, "profile": week.PROFILE, "overrides": settings, "reviews_at_least": 0}
+    sent, back = folder / week.EXPORTS, folder / week.DELIVERIES
+    started = None
+    if not sent.exists() or world.unanswered(sent, back):
+        after_people = names[names.index(LAST_BEFORE_PEOPLE) + 1 :]
+        begun = airflow.run(week.WEEKLY, conf | {"skip": after_people})
+        if begun.state != "success":
+            return Turn(cycle, begun, None)
+        started = begun.started
+        week.reviews(folder, cycle, ANNOTATORS, NOISE, say)
+    run = airflow.run(week.WEEKLY, conf | {"skip": []}, hold=lambda: world.review(gate(cycle)["rules"]))
+    run = Run(started or run.started, run.tasks, run.state)
+    return Turn(cycle, run, week.ab_week(airflow, cycle, say) if run.state == "success" else None)
 
 
 def overrides(world: Path) -> list[str]:
@@ -131,57 +115,56 @@ def overrides(world: Path) -> list[str]:
     return [
         f"ingest.logs={json.dumps([str(world / 'logs' / '*')])}",
         f"ingest.characters={json.dumps([str(world / 'characters.jsonl')])}",
-        f"annotate-export.folder={json.dumps(str(world / EXPORTS))}",
-        f"annotate-import.deliveries={json.dumps([str(world / DELIVERIES / '*.jsonl')])}",
+        f"annotate-export.folder={json.dumps(str(world / week.EXPORTS))}",
+        f"annotate-import.deliveries={json.dumps([str(world / week.DELIVERIES / '*.jsonl')])}",
     ]
 
 
-def follow(airflow: Airflow, run_id: str, check: Callable[[], None], say: Say) -> tuple[list[Task], str]:
-    """Print each change of a task until the run ends or waits for a person; of a failure, the end of its log."""
-    last: dict[str, tuple[str, int]] = {}
-    while True:
-        check()
-        state = airflow.get(f"/dags/{DAG}/dagRuns/{run_id}")["state"]
-        tasks = airflow.tasks(run_id)
-        for task in tasks:
-            now = (task.state, task.tries)
-            if last.get(task.stage) == now or task.state in ("none", "scheduled", "queued", "skipped"):
-                continue
-            last[task.stage] = now
-            say(f"  {datetime.datetime.now():%H:%M:%S}  {task.stage:<22} {task.state:<14} {describe(task)}")
-            if task.state in ("failed", "up_for_retry"):
-                say(airflow.log_tail(run_id, task))
-        if state in ("success", "failed"):
-            return tasks, state
-        if any(task.state == "awaiting_input" for task in tasks):
-            return tasks, HELD
-        time.sleep(1)
+def gate(cycle: str) -> dict[str, Any]:
+    """The cycle's decision, with every rule."""
+    found = week.store().pointed(cycle, "gate")
+    if found is None:
+        raise FlywheelError(f"{cycle} has no gate: did its run reach it?")
+    return dict(found.json("decision"))
 
 
-def decision(store: Store, tasks: list[Task], cycle: str) -> list[str]:
-    """What the gate said and why, and what a person can do about it."""
-    made = next((task.manifest for task in tasks if task.stage == "gate" and task.manifest), None)
-    if made is None:
+def crown(cycle: str) -> str:
+    """What `flywheel crown` says: the candidate becomes champion where the readout says ship, and only then."""
+    argv = [sys.executable, "-m", "flywheel_tasks.cli", "crown", "--cycle", cycle, "--profile", week.PROFILE]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    return f"\nflywheel crown --cycle {cycle}: {(done.stdout or done.stderr).strip()}"
+
+
+def decision(done: Turn) -> list[str]:
+    """What the gate said and why."""
+    if not any(task.stage == "gate" and task.manifest for task in done.run.tasks):
         return []
-    found = store.get(made.stage, made.key).json("decision")
+    found = gate(done.cycle)
     against = [rule["reason"] for rule in found["rules"] if rule["verdict"] == found["decision"] != "PASS"]
-    said = [f"Gate      {found['decision']}", *(f"          {reason}" for reason in against)]
-    if found["decision"] == "HOLD":
-        said.append(f"Answer    in Airflow, or: flywheel answer approve --cycle {cycle} --by NAME --why REASON")
-    return said
+    return [f"Gate      {found['decision']}", *(f"          {reason}" for reason in against)]
 
 
-def describe(task: Task) -> str:
-    if task.state not in DONE:
-        return ""
-    rows = task.manifest.rows if task.manifest else None
-    count = (
-        f"   {rows.rows_in:,} {rows.unit}s in, {rows.rows_out:,} out, {rows.rows_rejected:,} rejected" if rows else ""
-    )
-    return f"{task.seconds:6.1f} s{count}"
+def truth(done: Turn) -> list[str]:
+    """What the simulation knows and no stage sees."""
+    known = week.truth(week.ab_folder(done.cycle)) or week.truth(state_dir() / "demo" / done.cycle)
+    return [f"Truth     a reply by {version} is answered with chance {shown(one)}" for version, one in known.items()]
 
 
-def show(tasks: list[Task], started: datetime.datetime) -> None:
+def shown(one: dict[str, float]) -> str:
+    return f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+
+
+def report(cycle: str) -> Path:
+    """Write the page of the weeks until `cycle`; returns where it is."""
+    from flywheel_tasks.evaluation import report as page
+    from flywheel_tasks.evaluation.history import from_store
+
+    store = week.store()
+    versions = [version for version in from_store(store) if version.name <= cycle]
+    return page.write(versions, page.page_of(store, versions, examples=True), state_dir() / REPORT)[0]
+
+
+def show(run: Run) -> None:
     """The summary table; a key this short is enough for `flywheel show`."""
     from rich.console import Console
     from rich.table import Table
@@ -190,99 +173,32 @@ def show(tasks: list[Task], started: datetime.datetime) -> None:
     for column in ("in", "out", "rejected", "seconds"):
         table.add_column(column, justify="right")
     table.add_column("artifact")
-    for task in tasks:
+    for task in run.tasks:
         made = task.manifest
         rows = made.rows if made else None
         counts = [f"{n:,}" for n in (rows.rows_in, rows.rows_out, rows.rows_rejected)] if rows else ["", "", ""]
-        state = "from store" if made and made.finished < started else task.state
+        state = "from store" if made and made.finished < run.started else task.state
         table.add_row(task.stage, state, *counts, f"{task.seconds:.1f}", made.key[:12] if made else "")
     Console().print("\n", table, sep="")
 
 
-class Airflow:
-    """The few calls of Airflow's REST API that the demo needs."""
+def climb(turns: list[Turn]) -> None:
+    """The wheel, turn by turn: the then champion's true chance of an answer, and what became of its challenger."""
+    from rich.console import Console
+    from rich.table import Table
 
-    def __init__(self, endpoints: Endpoints) -> None:
-        login = {"username": endpoints.user, "password": endpoints.password()}
-        answer = httpx.post(
-            f"{endpoints.airflow}/auth/token", json=login, timeout=60, trust_env=False
-        ).raise_for_status()
-        bearer = {"Authorization": f"Bearer {answer.json()['access_token']}"}
-        self._http = httpx.Client(base_url=f"{endpoints.airflow}/api/v2", headers=bearer, timeout=60, trust_env=False)
-        self._manifests: dict[str, Manifest] = {}
-        self._uris: dict[str, str] = {}
-
-    def get(self, path: str) -> Any:
-        try:
-            return self._json(self._http.get(path))
-        except httpx.TransportError as error:
-            raise FlywheelError(f"Airflow does not answer ({error}): see its logs in {state_dir() / 'logs'}") from error
-
-    def wait_for_dag(self, check: Callable[[], None], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while self._http.get(f"/dags/{DAG}/details").status_code != 200:
-            check()
-            for error in self.get("/importErrors")["import_errors"]:
-                problem = FlywheelError(f"Airflow cannot read {error['filename']}")
-                problem.add_note(error["stack_trace"])
-                raise problem
-            if time.monotonic() > deadline:
-                raise FlywheelError(
-                    f"Airflow has not found the DAG '{DAG}' after {seconds:.0f} s: see the dag-processor's log"
-                )
-            time.sleep(0.5)
-
-    def pause(self, paused: bool) -> bool:
-        """Set whether the schedule runs; returns what it was."""
-        before = self.get(f"/dags/{DAG}")["is_paused"]
-        self._json(self._http.patch(f"/dags/{DAG}", json={"is_paused": paused}))
-        return bool(before)
-
-    def trigger(self, run_id: str, conf: dict[str, Any]) -> str:
-        body = {"dag_run_id": run_id, "logical_date": None, "conf": conf}
-        answer = self._http.post(f"/dags/{DAG}/dagRuns", json=body)
-        return str(self._json(answer)["dag_run_id"])
-
-    def tasks(self, run_id: str) -> list[Task]:
-        rows = self.get(f"/dags/{DAG}/dagRuns/{run_id}/taskInstances")["task_instances"]
-        order = {stage.name: place for place, stage in enumerate(STAGES)}
-        return [
-            Task(
-                stage=row["task_id"],
-                state=row["state"] or "none",
-                seconds=row["duration"] or 0.0,
-                tries=row["try_number"],
-                manifest=self._manifest(run_id, row["task_id"]) if row["state"] == "success" else None,
-            )
-            for row in sorted(rows, key=lambda row: order.get(row["task_id"], len(order)))
-        ]
-
-    def store_of(self, stage: str) -> str:
-        return self._uris.get(stage, "").partition("/artifacts/")[0]
-
-    def log_tail(self, run_id: str, task: Task) -> str:
-        """The end of the task's log without what Airflow says before and after the stage."""
-        path = f"/dags/{DAG}/dagRuns/{run_id}/taskInstances/{task.stage}/logs/{max(1, task.tries)}"
-        said, folded = [], False
-        for line in self.get(path)["content"]:
-            event = line["event"] if isinstance(line, dict) else str(line)
-            if event.startswith("::"):
-                folded = event.startswith("::group::")
-            elif not folded:
-                said += [event, *(f"{error['exc_value']}" for error in line.get("error_detail") or ())]
-        return "\n".join(f"      | {text}" for text in said[-LOG_LINES:])
-
-    def _manifest(self, run_id: str, stage: str) -> Manifest:
-        if stage not in self._manifests:
-            path = f"/dags/{DAG}/dagRuns/{run_id}/taskInstances/{stage}/xcomEntries/return_value"
-            uri = self._uris[stage] = str(self.get(path)["value"])
-            self._manifests[stage] = Store(uri.partition("/artifacts/")[0]).by_uri(uri).manifest
-        return self._manifests[stage]
-
-    @staticmethod
-    def _json(answer: httpx.Response) -> Any:
-        if answer.is_error:
-            raise FlywheelError(
-                f"Airflow answered {answer.status_code} to {answer.request.url.path}: {answer.text[:500]}"
-            )
-        return answer.json()
+    head = ("cycle", "champion's truth", "gate", "candidate's truth", "depth (Fieller 95 %)", "verdict", "crowned")
+    table = Table(*head, box=None, pad_edge=False, title="The climb", title_justify="left")
+    for done in turns:
+        mine = list(week.truth(state_dir() / "demo" / done.cycle).values())
+        both = list(week.truth(week.ab_folder(done.cycle)).values())
+        read = done.readout.json("readout") if done.readout else {}
+        depth = read.get("comparisons", {}).get("test", {}).get("depth")
+        verdicts = [d["verdict"] for d in read.get("decisions", [])]
+        decided = gate(done.cycle)["decision"] if done.run.state == "success" else "-"
+        table.add_row(
+            done.cycle, shown(both[0] if both else mine[0]) if both or mine else "-", decided,
+            shown(both[1]) if len(both) > 1 else "-", week.lift(depth) if depth else "-", ", ".join(verdicts) or "-",
+            "yes" if week.crowned(done.cycle) else "no",
+        )  # fmt: skip
+    Console(width=150).print("\n", table, sep="")

@@ -10,7 +10,7 @@ from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.stage import Stage
 from flywheel_tasks.curation import constrain, diversify, filter, ingest
 from flywheel_tasks.evaluation import benchmarks, gate_stage, metrics, respond, winrate
-from flywheel_tasks.herding import dpo, sft
+from flywheel_tasks.herding import dpo, rl, sft
 from flywheel_tasks.preherding import preference_rm, rejection_sample, signal_rm
 from flywheel_tasks.release import expose, promote, readout
 
@@ -28,6 +28,7 @@ STAGES: tuple[Stage, ...] = (
     rejection_sample.STAGE,
     sft.STAGE,
     dpo.STAGE,
+    rl.STAGE,
     respond.STAGE,
     metrics.STAGE,
     benchmarks.STAGE,

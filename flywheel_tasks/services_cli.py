@@ -22,8 +22,10 @@ def up() -> None:
 
 def demo(
     cycle: Annotated[str, typer.Option(help="cycle to run, an ISO week such as 2026-W47 (empty: this week)")] = "",
+    cycles: Annotated[int, typer.Option(min=1, max=52, help="how many weeks in a row, from that one on")] = 1,
 ) -> None:
-    """Simulate a week of traffic and run one whole cycle through the Airflow DAG on this machine."""
+    """Simulate a week of traffic, run one whole cycle through the Airflow DAG on this machine, and the A/B week that
+    decides on its candidate."""
     from flywheel_tasks.demo import run_demo
 
-    raise typer.Exit(run_demo(cycle, typer.echo))
+    raise typer.Exit(run_demo(cycle, typer.echo, cycles))

@@ -20,11 +20,9 @@ from flywheel_tasks.models.generate import Encode, Partial, complete, encoder, p
 
 def policy_names(pool: Sequence[ModelConfig]) -> list[str]:
     """How the policies of a pool are called in pairs: the end of their path, without this machine's folders."""
-    names = []
+    names: list[str] = []
     for place, model in enumerate(pool):
-        parts = [part for part in model.path.removesuffix("/manifest.json").split("/") if part]
-        short = "/".join(parts[-2:]) if "artifacts" in parts[-4:] else parts[-1]
-        names.append(short if short not in names else f"{short}#{place}")
+        names.append(model.name if model.name not in names else f"{model.name}#{place}")
     return names
 
 

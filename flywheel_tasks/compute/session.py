@@ -15,6 +15,7 @@ _START_SECONDS = "300"
 """A busy machine needs longer than Ray's own limit to start it."""
 _LEAN = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
 """For the workers of a small machine: give memory back instead of keeping pools; a fifth less in all, measured."""
+_starting = threading.Lock()
 
 
 def cpus() -> int:
@@ -23,7 +24,13 @@ def cpus() -> int:
 
 
 def ensure() -> Any:
-    """The `ray` module, connected. The first call starts or joins; later calls cost nothing."""
+    """The `ray` module, connected. The first call starts or joins; later calls cost nothing. Replicas of an engine ask
+    for it from several threads at once."""
+    with _starting:
+        return _ensure()
+
+
+def _ensure() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     if not address:

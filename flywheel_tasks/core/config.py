@@ -80,6 +80,15 @@ class ModelConfig(_Section):
     )
     tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs per engine replica")
 
+    @property
+    def name(self) -> str:
+        """What tables call it: STAGE/KEY for a checkpoint of the store, else the end of its path."""
+        parts = [part for part in self.path.removesuffix("/manifest.json").split("/") if part]
+        if "artifacts" in parts[:-2]:
+            at = len(parts) - 1 - parts[::-1].index("artifacts")
+            return "/".join(parts[at + 1 : at + 3])
+        return parts[-1] if parts else self.path
+
 
 class ModelsConfig(_Section):
     """The models of a cycle (Sec. 2.3, 2.4.1): one policy, its reward and signal bases, and the sampling pool."""

@@ -72,9 +72,12 @@ class AttemptRecord:
             counts |= {f"rejected.{reason}": count for reason, count in record.rows.reasons.items()}
             for name, count in counts.items():
                 self.metric(name, count, None)
+        lineage = {f"input.{name}": f"{made.stage}/{made.key}" for name, made in record.inputs.items()}
+        lineage |= {"commit": record.commit, "code_version": record.code_version}
         for name, output in record.outputs.items():
             if output.contract in schemas.CHECKPOINTS:
-                self.checkpoints += [{"output": name, "uri": artifact.uri, **part} for part in _models(name, output)]
+                about = {"output": name, "uri": artifact.uri, "lineage": lineage}
+                self.checkpoints += [about | part for part in _models(name, output)]
             elif output.contract in ("json", "file"):
                 self.files += [f"{record.folder}/{f.path}" for f in output.files if f.bytes <= _SMALL_FILE]
 
@@ -280,7 +283,9 @@ def _log_checkpoints(uri: str, record: AttemptRecord) -> None:
             source_run_id=record.run_id,
             model_type=record.stage,
             params={"artifact_key": record.key},
-            tags={key: str(checkpoint[key]) for key in ("uri", "sha256", "bytes", "step")} | {"cycle": record.cycle},
+            tags={key: str(checkpoint[key]) for key in ("uri", "sha256", "bytes", "step")}
+            | {"cycle": record.cycle}
+            | checkpoint.get("lineage", {}),
         )
         checkpoint["model_id"] = model.model_id
 

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from flywheel_tasks.core import schemas
-from flywheel_tasks.core.config import StageConfig
+from flywheel_tasks.core.config import ModelConfig, StageConfig, model_of
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
+from flywheel_tasks.curation.scoring import ScoringConfig
 
 if TYPE_CHECKING:
     from flywheel_tasks.curation.cells import Dimension
@@ -48,6 +49,10 @@ class ConstrainConfig(StageConfig):
         "stop",
         description="when no subset meets the bounds: stop and say why, or apply the smallest relaxation and report it",
     )
+    policy: ModelConfig = model_of("policy", "the policy in production, whose responses tell quality and difficulty")
+    scoring: ScoringConfig = Field(
+        ScoringConfig(), description="how prompts are scored once an earlier cycle has trained a preference model"
+    )
 
     def weight(self, name: str) -> float:
         return next((weight for key, weight in self.weights.items() if key == name), 1.0)
@@ -75,7 +80,8 @@ class ConstrainConfig(StageConfig):
 def run(inputs: Inputs, config: ConstrainConfig, out: Output) -> None:
     """Choose the largest subset that meets the hard bounds (first turns, per-character cap) and is nearest to the
     targets for locale, language, job to be done, depth, quality and difficulty. Bounds that no subset meets stop the
-    stage, with the smallest relaxation that would do."""
+    stage, with the smallest relaxation that would do. Quality and difficulty come from the last cycle's preference
+    model; in a first cycle they are absent."""
     from flywheel_tasks.curation import select
 
     source = inputs["prompts"]
@@ -85,15 +91,37 @@ def run(inputs: Inputs, config: ConstrainConfig, out: Output) -> None:
         raise InputError(
             "constrain: diversify kept no prompts, so there is nothing to choose from; its quarantine says why"
         )
+    scores = _scores(inputs, config, out)
+    table = _with(table, scores)
     dimensions, absent = _dimensions(table, artifact.json(name).get("traffic", {}), config)
     chosen = select.select(table, [d for d in dimensions if config.weight(d.name) > 0], config, out.seed)
-    _write(source, chosen, out)
-    out.json("report", _report(table, dimensions, absent, chosen, config))
+    _write(source, scores, chosen, out)
+    report = _report(table, dimensions, absent, chosen, config)
+    out.json("report", report | {"scored": table.num_rows - table["difficulty"].null_count})
     out.account("prompt", rows_in=table.num_rows, rows_out=int(chosen.rows.sum()))
     out.metric("first_turn_share", chosen.first_turn_share)
     out.metric("largest_character_share", chosen.largest_character_share)
     for d in dimensions:
         out.metric(f"distance_{d.name}", d.distance(d.shares(chosen.rows)))
+
+
+def _scores(inputs: Inputs, config: ConstrainConfig, out: Output) -> pa.Table | None:
+    """Quality and difficulty of every prompt, or None before the first preference model."""
+    from flywheel_tasks.curation.scoring import scored
+    from flywheel_tasks.models.resolve import artifact_folder
+
+    reward = inputs.maybe("reward")
+    if reward is None or not config.scoring.prompts:
+        return None
+    characters = inputs["characters"].read()
+    return scored(inputs["prompts"], characters, config.policy, artifact_folder(*reward), config.scoring, out)
+
+
+def _with(table: pa.Table, scores: pa.Table | None) -> pa.Table:
+    if scores is not None:
+        for name in scores.column_names:
+            table = table.set_column(table.schema.get_field_index(name), name, scores[name])
+    return table
 
 
 def _dimensions(
@@ -112,13 +140,14 @@ def _dimensions(
     ], absent
 
 
-def _write(source: Any, chosen: "Selection", out: Output) -> None:
+def _write(source: Any, scores: pa.Table | None, chosen: "Selection", out: Output) -> None:
     at = 0
     with out.table("prompts") as writer:
         for batch in source.batches():
             rows = slice(at, at + batch.num_rows)
             at += batch.num_rows
-            table = pa.Table.from_batches([batch])
+            measured = None if scores is None else scores.slice(rows.start, batch.num_rows)
+            table = _with(pa.Table.from_batches([batch]), measured)
             writer.write(table.filter(pa.array(chosen.rows[rows])))
             gone = table.filter(pa.array(~chosen.rows[rows]))
             reason = np.where(chosen.at_cap[rows][~chosen.rows[rows]], "character_cap", "rebalanced")
@@ -185,9 +214,16 @@ STAGE = Stage(
     name="constrain",
     phase="curation",
     paper="Sec. 2.2.1 Phase III, Table 1",
-    inputs={"prompts": Input("diversify", "prompts"), "report": Input("diversify", "report")},
+    inputs={
+        "prompts": Input("diversify", "prompts"),
+        "report": Input("diversify", "report"),
+        "characters": Input("ingest", "characters"),
+        "reward": Input("preference-pointwise", "model", optional=True, previous=True),
+    },
     outputs={"prompts": "prompt", "report": "json"},
     config=ConstrainConfig,
     run=run,
-    resources=Resources(cpus=1, memory_gib=3),
+    models=("policy",),
+    data=("models/card.j2",),
+    resources=Resources(cpus=2, gpus=1, memory_gib=8),
 )

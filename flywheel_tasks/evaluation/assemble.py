@@ -18,8 +18,8 @@ BY_PEOPLE = ("red_team", "safety", "human_win_rate")
 
 
 def assemble(sections: Mapping[str, Any], given: Mapping[str, bytes], **names: Any) -> Evidence:
-    """Evidence from the outputs of `winrate`, `metrics`, `style`, `benchmarks`, `respond` and the reward models'
-    reports, and from files in which people hand in the rest."""
+    """Evidence from the outputs of `winrate`, `metrics`, `style`, `benchmarks`, `respond`, the reward models' reports
+    and people's side-by-side comparisons, and from files in which people hand in the rest."""
     body: dict[str, Any] = {name: value for name, value in names.items() if value is not None}
     unmeasured: dict[str, str] = {}
     for name, read in READERS.items():
@@ -110,6 +110,10 @@ def _responses(report: Json, body: dict[str, Any], unmeasured: dict[str, str]) -
         }
 
 
+def _human(report: Json, body: dict[str, Any], unmeasured: dict[str, str]) -> None:
+    body["human_win_rate"] = _rate(report)
+
+
 def _reward_model(name: str) -> Callable[[Json, dict[str, Any], dict[str, str]], None]:
     def read(report: Json, body: dict[str, Any], unmeasured: dict[str, str]) -> None:
         """The first version has no old batch, which is no gap."""
@@ -132,6 +136,7 @@ READERS: dict[str, Callable[[Any, dict[str, Any], dict[str, str]], None]] = {
     "style": _style,
     "benchmarks": _benchmarks,
     "respond": _responses,
+    "human": _human,
     "preference-pointwise": _reward_model("pointwise"),
     "preference-pairwise": _reward_model("pairwise"),
 }

@@ -13,6 +13,7 @@ import typer
 from flywheel_tasks.core import ids
 from flywheel_tasks.core.config import FlywheelConfig
 from flywheel_tasks.core.errors import FlywheelError, InputError
+from flywheel_tasks.core.store import Store
 
 EXIT = {"PASS": 0, "HOLD": 3, "BLOCK": 4}
 
@@ -79,8 +80,22 @@ def register(app: typer.Typer, settings: Settings) -> None:
             raise typer.Exit(error.exit_code) from error
 
 
+def log_page(store: Store, config: FlywheelConfig, cycle: str) -> None:
+    """Put the page of the weeks until `cycle`, without conversations, into the cycle's MLflow run; a tracking server
+    that is down costs a warning."""
+    from flywheel_tasks.evaluation import report
+    from flywheel_tasks.evaluation.history import from_store
+
+    try:
+        versions = [v for v in from_store(store) if v.name <= ids.cycle_id(cycle)]
+        if versions:
+            report.log(versions, report.page_of(store, versions, examples=False), config.tracking.uri)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        print(f"warning: the page of {cycle} is not in MLflow: {reason}; later: flywheel report --log", file=sys.stderr)
+
+
 def _report(out: Path, cycle: str | None, csv: Path | None, examples: bool, log: bool, config: FlywheelConfig) -> None:
-    from flywheel_tasks.core.store import Store
     from flywheel_tasks.evaluation import report
     from flywheel_tasks.evaluation.history import from_csv, from_store
 

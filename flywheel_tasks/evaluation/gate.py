@@ -255,7 +255,9 @@ def completeness(e: Evidence, c: GateConfig, now: datetime) -> Iterator[Finding]
     if not e.has("rm_win_rate"):
         yield Finding("evidence", "rm_win_rate", None, "at least one", "BLOCK", "no win-rate was measured")
     for what, why in sorted(e.unmeasured.items()):
-        yield Finding("evidence", what, None, "measured", "BLOCK", f"{what} could not be measured: {why}")
+        waived = what in c.waived
+        said = f"{what} could not be measured: {why}{'; this profile does without it' if waived else ''}"
+        yield Finding("evidence", what, None, "measured", "NOTE" if waived else "BLOCK", said)
     if e.candidate and e.champion and (e.candidate == e.champion or f"/artifacts/{e.candidate}/" in e.champion):
         yield Finding("evidence", "candidate", None, "another model", "BLOCK", "candidate and champion are the same")
 

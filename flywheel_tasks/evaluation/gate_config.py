@@ -56,6 +56,10 @@ BENCHMARK = Margin(worse=0.03, doubt=0.10, certain=0.05)
 UNSAFE = Margin(worse=0.005, doubt=0.02, certain=0.0)
 
 
+WAIVABLE = ("metrics", "style_drift", "benchmarks")
+"""Win-rates, overlap, safety and sign-offs guard against what users would suffer: no profile does without them."""
+
+
 class GateConfig(StageConfig):
     require: tuple[str, ...] = Field(
         (
@@ -66,6 +70,10 @@ class GateConfig(StageConfig):
         ),
         description="evidence without which the decision is BLOCK: sections, or parts such as "
         "rm_win_rate.pointwise_user; reward_models is both of them",
+    )  # fmt: skip
+    waived: tuple[str, ...] = Field(
+        (), description="gaps in metrics, style_drift or benchmarks that this profile knows of and accepts, such as "
+        "metrics.instruction_violation: that it could not be measured is shown and does not block",
     )  # fmt: skip
     evidence: tuple[str, ...] = Field(
         (), description="globs of JSON files with what people measured: red_team, safety, human_win_rate"
@@ -105,13 +113,23 @@ class GateConfig(StageConfig):
     max_age_days: float = Field(14, gt=0, description="evidence that is older is stale")
     alpha: float = Field(0.05, gt=0, lt=1, description="level of intervals that the evidence does not bring along")
 
-    @field_validator("require")
+    @field_validator("require", "waived")
     @classmethod
     def _known(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
         for path in paths:
             if not is_requirable(path):
                 raise ValueError(f"'{path}' is no section of the evidence: see flywheel gate --help")
         return paths
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> GateConfig:
+        for gap in self.waived:
+            section = gap.partition(".")[0]
+            if section not in WAIVABLE:
+                raise ValueError(f"'{gap}' can't be waived: only parts of {', '.join(WAIVABLE)} can")
+            if {gap, section} & set(self.require):
+                raise ValueError(f"'{gap}' is required and waived: keep it in one of the two")
+        return self
 
     @field_validator("benchmark_floors")
     @classmethod

@@ -20,6 +20,8 @@ SECTION_OF = {
     "preference-pairwise": "reward_models",
 }
 """Whose report gives which section of the evidence."""
+BY_PEOPLE = ("annotations", "shown")
+"""Inputs in which people compared the two models side by side."""
 
 
 def run(inputs: Inputs, config: GateConfig, out: Output) -> None:
@@ -27,12 +29,13 @@ def run(inputs: Inputs, config: GateConfig, out: Output) -> None:
 
     The decision is an output, not an error: `promote` acts on it. The page holds numbers and ids, never words.
     """
+    from flywheel_tasks.core.config import ModelConfig
     from flywheel_tasks.core.storage import open_external
     from flywheel_tasks.evaluation.assemble import assemble, plain
     from flywheel_tasks.evaluation.gate import decide
     from flywheel_tasks.evaluation.gate_view import page
 
-    artifacts = {name: found[0] for name in STAGE.inputs if (found := inputs.maybe(name))}
+    artifacts = {name: found[0] for name in STAGE.inputs if name not in BY_PEOPLE and (found := inputs.maybe(name))}
     reports: dict[str, Any] = {
         _source(name): artifact.json(STAGE.inputs[name].output) for name, artifact in artifacts.items()
     }
@@ -43,6 +46,11 @@ def run(inputs: Inputs, config: GateConfig, out: Output) -> None:
         measured_at[section] = min(at, measured_at.get(section, at))
     candidate, made_at = _made(artifacts["responses"], "candidate")
     champion, _ = _made(artifacts["responses"], "champion")
+    paths = {name: str(reports["respond"].get(name) or "") for name in ("candidate", "champion")}
+    new = candidate or ModelConfig(path=paths["candidate"]).name
+    old = champion or ModelConfig(path=paths["champion"]).name
+    if compared := _side_by_side(inputs, new, old, config, out):
+        reports["human"], measured_at["human_win_rate"] = compared
     given = {}
     for source in inputs.sources.get("evidence", ()):
         with open_external(source.uri) as stream:
@@ -50,8 +58,8 @@ def run(inputs: Inputs, config: GateConfig, out: Output) -> None:
     evidence = assemble(
         reports,
         given,
-        candidate=candidate or reports["respond"].get("candidate"),
-        champion=champion or reports["respond"].get("champion"),
+        candidate=candidate or paths["candidate"] or None,
+        champion=champion or paths["champion"] or None,
         candidate_made_at=made_at,
         measured_at=measured_at,
     )
@@ -77,6 +85,26 @@ def _source(name: str) -> str:
     return name if name == "style" else STAGE.inputs[name].stage
 
 
+def _side_by_side(
+    inputs: Inputs, candidate: str, champion: str, config: GateConfig, out: Output
+) -> tuple[dict[str, Any], datetime] | None:
+    """What people preferred in conversations that went on with either model, if any was held with these two: pairs of
+    mode `interactive` whose pool held both (Sec. 2.5.1)."""
+    from flywheel_tasks.core.quarantine import of_others
+    from flywheel_tasks.evaluation.human import compare
+
+    annotations, shown = inputs.maybe("annotations"), inputs.maybe("shown")
+    if annotations is None or shown is None:
+        return None
+    said, pairs = (of_others(inputs[name].read(), inputs.forgotten) for name in BY_PEOPLE)
+    found = compare(said, pairs, candidate, champion, alpha=config.alpha, seed=out.seed)
+    if found.rate is None:
+        return None
+    out.metric("human_win_rate", found.rate.rate)
+    people = {"annotators": found.annotators, "conversations": found.conversations}
+    return found.rate._asdict() | people, annotations[0].manifest.finished
+
+
 def _made(responses: Artifact, name: str) -> tuple[str | None, datetime | None]:
     """Which checkpoint answered as `name`, and when it was made; None where it came from outside the store."""
     record = responses.manifest.inputs.get(name)
@@ -98,6 +126,8 @@ STAGE = Stage(
         "benchmarks": Input("benchmarks", "benchmarks", optional=True),
         "pointwise": Input("preference-pointwise", "report", optional=True),
         "pairwise": Input("preference-pairwise", "report", optional=True),
+        "annotations": Input("annotate-import", "annotations", optional=True),
+        "shown": Input("annotate-export", "tasks", optional=True),
     },
     outputs={"decision": "json", "evidence": "json", "page": "file"},
     config=GateConfig,

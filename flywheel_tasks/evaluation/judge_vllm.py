@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,17 +12,18 @@ from flywheel_tasks.evaluation.judge import Answer, JudgeConfig
 from flywheel_tasks.evaluation.rubric import Message, schema
 
 _BATCH = 64
+_CPU_CACHE_BYTES = 1 << 30
 
 
 def ask(requests: Sequence[list[Message]], config: JudgeConfig) -> Iterator[Answer]:
     """One answer for every request, a batch at a time; past the deadline the rest is missing."""
     if not requests:
         return
+    end = time.monotonic() + config.deadline_s
+    engine = _engine(config)
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    end = time.monotonic() + config.deadline_s
-    engine = _engine(config)
     grammar = StructuredOutputsParams(json=schema())
     sampling = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, structured_outputs=grammar)
     room = engine.llm_engine.model_config.max_model_len - config.max_tokens
@@ -46,13 +48,21 @@ def _tokens(engine: Any, messages: list[Message]) -> int:
 
 
 def _engine(config: JudgeConfig) -> Any:
-    from vllm import LLM
-
+    from flywheel_tasks.models.engine_link import environment
     from flywheel_tasks.models.resolve import local_folder
 
     folder = local_folder(config.model or "")
+    # vLLM reads these when it is imported; what the environment says already stays.
+    for name, value in environment(sorted(os.sched_getaffinity(0))).items():
+        os.environ.setdefault(name, value)
+    import torch
+    from vllm import LLM
+
     try:
-        return LLM(model=str(folder), trust_remote_code=False, enforce_eager=True, disable_log_stats=True)
+        return LLM(
+            model=str(folder), trust_remote_code=False, enforce_eager=True, disable_log_stats=True,
+            kv_cache_memory_bytes=None if torch.cuda.is_available() else _CPU_CACHE_BYTES,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"config key 'metrics.judge.model': {config.model} cannot be loaded: {first}") from error

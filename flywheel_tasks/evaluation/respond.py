@@ -260,7 +260,7 @@ STAGE = Stage(
     inputs={
         "prompts": Input("constrain", "prompts"),
         "characters": Input("ingest", "characters"),
-        "candidate": Input("dpo", "model"),
+        "candidate": Input("rl", "model"),
         "sft": Input("sft", "model", optional=True),
         "preferences": Input("annotate-import", "preferences", optional=True),
         "rewrites": Input("annotate-import", "examples", optional=True),

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.errors import InputError
-from flywheel_tasks.stats.winrate import WinRate, compare, win_rate
+from flywheel_tasks.stats import winrate
+from flywheel_tasks.stats.winrate import WinRate, win_rate
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 SETS = {"internal": "internal", "user": "production"}
@@ -65,12 +66,7 @@ def match(responses: pa.Table, prompts: pa.Table) -> Matched:
 
 def outcomes(matched: Matched, candidate: NDArray[np.floating], champion: NDArray[np.floating]) -> NDArray[np.float64]:
     """1, 1/2 or 0 a row from both scores; NaN where a score is missing although both answered."""
-    lost, won = _failed(matched.candidate), _failed(matched.champion)
-    known = np.isfinite(candidate) & np.isfinite(champion) & ~lost & ~won
-    found = np.full(len(known), np.nan)
-    found[known] = compare(candidate[known], champion[known])
-    found[lost & ~won], found[won & ~lost] = 0.0, 1.0
-    return found
+    return winrate.outcomes(candidate, champion, _failed(matched.candidate), _failed(matched.champion))
 
 
 def rate_of(

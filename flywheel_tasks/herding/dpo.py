@@ -11,12 +11,13 @@ from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.quarantine import quarantined, without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
+from flywheel_tasks.herding.exported import ServingConfig, WatchConfig
 from flywheel_tasks.training.config import TrainingConfig
 from flywheel_tasks.training.learn import LearnConfig
 
 
 class DpoConfig(LearnConfig):
-    train: TrainingConfig = TrainingConfig(learning_rate=2e-5)
+    train: TrainingConfig = TrainingConfig(learning_rate=2e-5, publish_every=20)
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to its start")
     smoothing: float = Field(0.0, ge=0, lt=0.5, description="chance that a label is wrong")
     length_normalised: bool = Field(False, description="log-probabilities per token instead of per response")
@@ -25,6 +26,8 @@ class DpoConfig(LearnConfig):
         ("steerability", "image"), description="annotated pairs that enter the patch, by mode"
     )
     rows: int = Field(2000, ge=1, description="pairs at most: a patch stays small, delivered pairs come first")
+    watch: WatchConfig = WatchConfig()
+    serving: ServingConfig = Field(ServingConfig(), json_schema_extra=Operational)
     data: tuple[str, ...] = Field(
         (), description="globs of .jsonl files with safety, image and base preferences", json_schema_extra=Operational
     )
@@ -37,11 +40,12 @@ class DpoConfig(LearnConfig):
 
 def run(inputs: Inputs, config: DpoConfig, out: Output) -> None:
     """Patch the fine-tuned policy on a small set of preference pairs: sigmoid loss against its own log-probabilities,
-    taken once before the first step, with the end-of-turn token masked. Margins, accuracy and distance
-    from the start are logged by step."""
+    taken once before the first step, with the end-of-turn token masked. Margins and accuracy are logged by step; each
+    exported checkpoint is served once, held against its trainer, and compared with the start: KL and style."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    from flywheel_tasks.herding import exported, moved
     from flywheel_tasks.herding.files import read_preferences
     from flywheel_tasks.models.chat import Card, Template, load_tokenizer
     from flywheel_tasks.models.resolve import artifact_folder
@@ -57,7 +61,7 @@ def run(inputs: Inputs, config: DpoConfig, out: Output) -> None:
     if not pairs.num_rows:
         raise InputError(
             f"no pair to patch with: none was delivered (dpo.data), and no annotated pair has a mode of "
-            f"{', '.join(config.modes)} (dpo.modes); or leave the stage out with --skip dpo"
+            f"{', '.join(config.modes)}: deliver pairs, or add a mode to dpo.modes (static pairs are the most common)"
         )
     used, over = pairs.slice(0, config.rows), pairs.slice(config.rows)
     cards = {row["character_id"]: Card.of(row) for row in inputs["characters"].read().to_pylist()}
@@ -73,12 +77,21 @@ def run(inputs: Inputs, config: DpoConfig, out: Output) -> None:
         seed=out.seed,
     )
     training = learn(task, [encoded.table], config, out)
+    trained = used.filter(pc.is_in(used["preference_id"], encoded.table["row_id"].combine_chunks()))
+    watch = moved.Watch(base, moved.prompts_of(trained, config.watch.prompts), cards, config.watch, out.seed)
+    served = exported.prove(out, training["steps"], config.serving, watch.look)
+    with exported.serve(base, config.serving) as start:
+        distance = watch.against(start)
+    for step, values in distance.by_step.items():
+        for name, value in values.items():
+            out.metric(name, value, step=step)
     for table in (refused, forgotten, encoded.rejected):
         out.reject(table)
     for table, reason in ((over, "over_the_limit"), (other, "not_of_the_patch")):
         out.reject(quarantined(table, "preference_id", reason))
     told = training | {"dropped_turns": encoded.dropped_turns}
-    out.json("report", {"pairs": encoded.table.num_rows, "training": told})
+    report = {"pairs": encoded.table.num_rows, "training": told, "served": served, "moved": distance.as_json()}
+    out.json("report", report)
     rows_in = refused.num_rows + delivered.num_rows + read.num_rows
     out.account("preference", rows_in=rows_in, rows_out=encoded.table.num_rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.errors import ConfigError, InputError
+from flywheel_tasks.training.rows import Encoded
 
 _ONE = 1e-6
 
@@ -70,6 +71,47 @@ def sample(examples: pa.Table, ratios: Mapping[str, float], rows: int | None, se
             left[sources[row]] -= 1
             chosen.append(row)
     return np.array(chosen, np.int64)
+
+
+def encoded(
+    examples: pa.Table,
+    ratios: Mapping[str, float],
+    rows: int | None,
+    seed: int,
+    encode: Callable[[pa.Table], Encoded],
+) -> tuple[Encoded, NDArray[np.bool_]]:
+    """The mixture of rows that can be trained on, as training rows, and a mask of those neither drawn nor refused.
+
+    A row that is refused (too long for the context, say) leaves and the next one of its source takes its place, so the
+    ratios hold for what is trained; only what is drawn is ever tokenised.
+    """
+    names = examples["example_id"].to_pylist()
+    fits, tried = np.ones(len(names), bool), np.zeros(len(names), bool)
+    parts: list[Encoded] = []
+    while True:
+        alive = np.flatnonzero(fits)
+        try:
+            drawn = alive[sample(examples.take(pa.array(alive)), ratios, rows, seed)]
+        except InputError as error:
+            refused = sum((Counter(part.reasons) for part in parts), Counter[str]())
+            if not refused:
+                raise
+            why = ", ".join(f"{reason} ({n})" for reason, n in sorted(refused.items()))
+            raise InputError(f"{error}; of those drawn some can't be trained on: {why}") from error
+        fresh = drawn[~tried[drawn]]
+        if not len(fresh) and parts:
+            break
+        tried[fresh] = True
+        parts.append(encode(examples.take(pa.array(fresh))))
+        out = set(parts[-1].rejected["row_id"].to_pylist())
+        fits[[row for row in fresh if names[row] in out]] = False
+    table = pa.concat_tables([part.table for part in parts])
+    place = {name: i for i, name in enumerate(table["row_id"].to_pylist())}
+    mixed = table.take(pa.array([place[names[row]] for row in drawn], pa.int64()))
+    left = fits.copy()
+    left[drawn] = False
+    rejected = pa.concat_tables([part.rejected for part in parts])
+    return Encoded(mixed, rejected, sum(part.dropped_turns for part in parts)), left
 
 
 def _apportion(ratios: Mapping[str, float], total: int) -> dict[str, int]:

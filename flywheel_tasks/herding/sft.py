@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from flywheel_tasks.core.config import ModelConfig, Operational, model_of
-from flywheel_tasks.core.errors import ConfigError, InputError
+from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.quarantine import quarantined, without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.curation.language import LanguageConfig
 from flywheel_tasks.herding import mixture
+from flywheel_tasks.herding.exported import ServingConfig
 from flywheel_tasks.training.learn import LearnConfig
 
 
@@ -34,6 +36,7 @@ class SftConfig(LearnConfig):
     )
     language: LanguageConfig = Field(LanguageConfig(), description="how the linter tells the language of a turn")
     rows: int | None = Field(None, ge=1, description="examples of the mixture (empty: the most that repeats none)")
+    serving: ServingConfig = Field(ServingConfig(), json_schema_extra=Operational)
     data: tuple[str, ...] = Field(
         (), description="globs of .jsonl files with examples of the sources that are not made here",
         json_schema_extra=Operational,
@@ -57,7 +60,8 @@ class SftConfig(LearnConfig):
 def run(inputs: Inputs, config: SftConfig, out: Output) -> None:
     """Mix rejection-sampled, rewritten and delivered examples in the configured proportions, after the linter has
     repaired or dropped what would teach bad style, and fine-tune the base on the assistant's turns alone. The loss of
-    every source is logged by itself."""
+    every source is logged by itself. Each checkpoint is served once and held against its trainer."""
+    from flywheel_tasks.herding import exported
     from flywheel_tasks.herding.files import read_examples
     from flywheel_tasks.models.chat import Card, Template, load_tokenizer
     from flywheel_tasks.models.resolve import local_folder
@@ -71,25 +75,19 @@ def run(inputs: Inputs, config: SftConfig, out: Output) -> None:
     known, forgotten = without(read, inputs.forgotten, "example_id")
     examples, repeated = distinct(known)
     cleaned = linter.clean_examples(examples, languages(config.language))
-    drawn = mixture.sample(cleaned.table, config.ratios, config.rows, out.seed)
-    mixed = cleaned.table.take(drawn)
-    left = np.ones(cleaned.table.num_rows, bool)
-    left[drawn] = False
-    left_out = quarantined(cleaned.table.filter(pa.array(left)), "example_id", "not_drawn")
     cards = {row["character_id"]: Card.of(row) for row in inputs["characters"].read().to_pylist()}
     base = local_folder(config.base.path)
-    encoded = sft.encode(mixed, cards, Template(load_tokenizer(base)), max_tokens=config.max_tokens)
-    if not encoded.table.num_rows:
-        why = ", ".join(f"{reason} ({n})" for reason, n in sorted(encoded.reasons.items()))
-        limit = f"sft.max_tokens={config.max_tokens}"
-        raise InputError(f"none of {mixed.num_rows} examples can be trained on with {limit}: {why}")
+    encode = partial(sft.encode, cards=cards, template=Template(load_tokenizer(base)), max_tokens=config.max_tokens)
+    encoded, left = mixture.encoded(cleaned.table, config.ratios, config.rows, out.seed, encode)
+    left_out = quarantined(cleaned.table.filter(pa.array(left)), "example_id", "not_drawn")
     sources = sorted(name for name, ratio in config.ratios.items() if ratio > 0)
     task = sft.task(base, sources=sources, lora=config.lora, seed=out.seed)
     training = learn(task, [encoded.table], config, out)
+    served = exported.prove(out, training["steps"], config.serving)
     for table in (refused, forgotten, repeated, cleaned.rejected, left_out, encoded.rejected):
         out.reject(table)
-    counts = {name: mixed["source"].to_pylist().count(name) for name in sources}
-    report = {"mixture": counts, "linter": [[*key, n] for key, n in sorted(cleaned.counts.items())]}
+    counts = {name: encoded.table["source"].to_pylist().count(name) for name in sources}
+    report = {"served": served, "mixture": counts, "linter": [[*key, n] for key, n in sorted(cleaned.counts.items())]}
     out.json("report", report | {"training": training | {"dropped_turns": encoded.dropped_turns}})
     rows_in = read.num_rows + refused.num_rows
     out.account("example", rows_in=rows_in, rows_out=encoded.table.num_rows)

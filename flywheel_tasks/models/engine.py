@@ -25,7 +25,7 @@ from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.models import engine_wire as wire
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
-from flywheel_tasks.models.engine_link import EngineLost, Link, connect
+from flywheel_tasks.models.engine_link import EngineLost, Link, connect, ready
 from flywheel_tasks.models.engine_round import SUSPECT, Round
 from flywheel_tasks.models.engine_wire import Completion, Request
 from flywheel_tasks.models.sync import SharedWeights, Weights
@@ -38,6 +38,8 @@ STATS = (
 )  # fmt: skip
 
 _IDLE_SECONDS = 0.05
+_SCORED_AT_ONCE = 16
+"""Sequences of one order: it must end within `stall_seconds`."""
 _log = logging.getLogger(__name__)
 A = TypeVar("A", bound=wire.Answer)
 
@@ -76,6 +78,7 @@ class Engine:
 
     def __enter__(self) -> Engine:
         try:
+            ready(len(self._links))
             with ThreadPoolExecutor(len(self._links)) as pool:
                 for started in [pool.submit(self._ready, number) for number in range(len(self._links))]:
                     started.result()
@@ -188,6 +191,22 @@ class Engine:
             for feeder in feeders:
                 feeder.join()
             self._add(seconds=time.monotonic() - started, deaths=current.deaths, redone=current.redone)
+            self._round.release()
+
+    def score(self, requests: Sequence[Request], replica: int = 0) -> list[list[float]]:
+        """How likely one replica holds given tokens: log p of each but the first, at temperature 1."""
+        if not self._round.acquire(blocking=False):
+            raise FlywheelError("a round of generation is running on this engine: finish or close it first")
+        try:
+            link, found = self._ready(replica), list[list[float]]()
+            for first in range(0, len(requests), _SCORED_AT_ONCE):
+                order = wire.Score(list(requests[first : first + _SCORED_AT_ONCE]))
+                found += _call(link, order, self._config.stall_seconds, wire.Scored).logprobs
+            return found
+        except EngineLost as why:
+            self._drop(replica)
+            raise FlywheelError(f"the engine was lost while it scored: {why}") from why
+        finally:
             self._round.release()
 
     def _read(self, current: Round, ends: float) -> Iterator[list[Completion]]:

@@ -142,8 +142,20 @@ class EngineActor:
         return self._worker.call(message)
 
 
+def ready(replicas: int) -> None:
+    """What must be there before engines are started from threads: a local Ray ends with the thread that started it."""
+    if _on_ray(replicas):
+        from flywheel_tasks.compute import session
+
+        session.ensure()
+
+
+def _on_ray(replicas: int) -> bool:
+    return replicas > 1 or bool(os.environ.get("RAY_ADDRESS"))
+
+
 def connect(tensor_parallel: int, replicas: int) -> Link:
     """A new engine process, not yet loaded."""
-    if replicas > 1 or os.environ.get("RAY_ADDRESS"):
+    if _on_ray(replicas):
         return RayLink(tensor_parallel)
     return ProcessLink()

@@ -65,6 +65,12 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     """Forget every request."""
 
 
+class Score(msgspec.Struct, frozen=True, tag=True):
+    """How likely are these tokens? Answered by `Scored`."""
+
+    requests: list[Request]
+
+
 class Update(msgspec.Struct, frozen=True, tag=True):
     """Serve the weights in this safetensors file from now on."""
 
@@ -78,7 +84,7 @@ class Transfer(msgspec.Struct, frozen=True, tag=True):
     info: dict[str, object] | None
 
 
-Order = Start | Advance | Abort | Update | Transfer
+Order = Start | Advance | Abort | Score | Update | Transfer
 
 
 class Described(msgspec.Struct, frozen=True, tag=True):
@@ -100,6 +106,12 @@ class Advanced(msgspec.Struct, frozen=True, tag=True):
     cached_tokens: int
 
 
+class Scored(msgspec.Struct, frozen=True, tag=True):
+    """log p of every token but the first, given those before it, at temperature 1; for each request in order."""
+
+    logprobs: list[list[float]]
+
+
 class Done(msgspec.Struct, frozen=True, tag=True):
     seconds: float
 
@@ -111,7 +123,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     refused: bool
 
 
-Answer = Described | Advanced | Done | Failed
+Answer = Described | Advanced | Scored | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _orders = msgspec.msgpack.Decoder(Order)

@@ -57,6 +57,8 @@ class EngineWorker:
                 return self._start(order, started)
             case wire.Advance():
                 return self._advance(order, started)
+            case wire.Score():
+                return self._score(order)
             case wire.Abort():
                 self._engine.abort_request(list(self._running), internal=False)
                 self._running.clear()
@@ -171,6 +173,28 @@ class EngineWorker:
         )
         self._engine.add_request(request.id, tokens_input(request.tokens), params)
         self._running.add(request.id)
+
+    def _score(self, order: wire.Score) -> wire.Scored:
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        for request in order.requests:
+            if reason := refusal(request.tokens, self._context, self._vocabulary):
+                raise InputError(f"{request.id} can't be scored: {reason}")
+        for request in order.requests:
+            self._engine.add_request(request.id, tokens_input(request.tokens), params)
+        found: dict[str, list[float]] = {}
+        while self._engine.has_unfinished_requests():
+            found |= {out.request_id: list(out.prompt_logprobs.logprobs) for out in self._engine.step()}
+        return wire.Scored([found[request.id] for request in order.requests])
 
     # -- weights
 

@@ -115,14 +115,14 @@ def complete(
         for key, run in list(runs.items()):
             for row in run.to_pylist():
                 chunk_of[row["prompt_id"]] = key
-                yield Request(row["prompt_id"], _encoded(encode, row, refused))
+                yield Request(row["prompt_id"], encoded(encode, row, refused))
 
     drawn: dict[str, dict[str, list[Completion]]] = {key: {} for key in runs}
     for completions in engine.stream(requests(), sampling, deadline):
         key = chunk_of.pop(completions[0].id)
         drawn[key][completions[0].id] = completions
         if len(drawn[key]) == len(runs[key]):
-            table = _table(runs.pop(key), drawn.pop(key), refused, template, sampling, policy)
+            table = tabulate(runs.pop(key), drawn.pop(key), refused, template, sampling, policy)
             if partial:
                 partial.put_table(key, table)
             yield Chunk(key, table, resumed=False)
@@ -158,7 +158,7 @@ def _covers(table: pa.Table, run: pa.Table, k: int) -> bool:
     return len(found) == len(wanted) and bool((found == wanted).all())
 
 
-def _encoded(encode: Encode, row: Mapping[str, Any], refused: dict[str, str]) -> list[int]:
+def encoded(encode: Encode, row: Mapping[str, Any], refused: dict[str, str]) -> list[int]:
     try:
         return list(encode(row))
     except InputError as error:
@@ -167,7 +167,7 @@ def _encoded(encode: Encode, row: Mapping[str, Any], refused: dict[str, str]) ->
         return []
 
 
-def _table(
+def tabulate(
     run: pa.Table,
     drawn: Mapping[str, list[Completion]],
     refused: dict[str, str],
@@ -175,6 +175,8 @@ def _table(
     sampling: Sampling,
     policy: str,
 ) -> pa.Table:
+    """What the engine drew for a run of prompts, as rows of schema `completion`: k in a row for each prompt. `refused`
+    says of prompts without tokens why they have none."""
     prompt_ids = run.column("prompt_id").to_pylist()
     rows = [completion for prompt_id in prompt_ids for completion in drawn[prompt_id]]
     failed = [completion.finish == "error" for completion in rows]

@@ -38,6 +38,9 @@ class ThresholdConfig(StageConfig):
 class RejectionConfig(StageConfig):
     policy: ModelConfig = model_of("policy", "the policy in production")
     candidates: tuple[ModelConfig, ...] = model_of("candidates", "the rest of the pool, the larger sibling among them")
+    least_policies: int = Field(
+        2, ge=1, description="policies that the pool must have; 1 says that a single one is meant"
+    )
     engine: EngineConfig = EngineConfig()
     sampling: Sampling = Sampling(k=8)
     threshold: ThresholdConfig = ThresholdConfig()
@@ -64,6 +67,16 @@ class RejectionConfig(StageConfig):
     deadline_s: float | None = Field(
         None, gt=0, description="most seconds for all generation of one policy", json_schema_extra=Operational
     )
+
+    @model_validator(mode="after")
+    def _a_pool(self) -> RejectionConfig:
+        pool = sorted({model.path for model in (self.policy, *self.candidates)})
+        if len(pool) < self.least_policies:
+            raise ValueError(
+                f"the pool is {', '.join(pool)}, but Algorithm 1 chooses among {self.least_policies}: name the larger "
+                "sibling in models.candidates, or set least_policies to 1"
+            )
+        return self
 
     @field_validator("signals")
     @classmethod

@@ -5,11 +5,11 @@ The data set is rebuilt in every cycle from its own traffic and pool, so it stay
 
 from __future__ import annotations
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.prompts import near_policy
 from flywheel_tasks.core.quarantine import quarantined, without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.preherding.rejection_config import RejectionConfig
@@ -24,7 +24,7 @@ def run(inputs: Inputs, config: RejectionConfig, out: Output) -> None:
     prompts = inputs["prompts"].read()
     learn = prompts.filter(pc.equal(prompts["split"], "train"))
     known, forgotten = without(learn, inputs.forgotten, "prompt_id")
-    usable, refused = near_policy(known, config)
+    usable, refused = near_policy(known, config.older_versions)
     if not usable.num_rows:
         raise InputError(
             f"no prompt to sample from: {prompts.num_rows} came in, {prompts.num_rows - learn.num_rows} are held out "
@@ -34,17 +34,6 @@ def run(inputs: Inputs, config: RejectionConfig, out: Output) -> None:
     out.reject(quarantined(refused, "prompt_id", "older_version"))
     sampled = sampling.run(usable, inputs, config, out)
     out.account("prompt", rows_in=learn.num_rows, rows_out=sampled.accepted)
-
-
-def near_policy(prompts: pa.Table, config: RejectionConfig) -> tuple[pa.Table, pa.Table]:
-    """Prompts from the champion's own traffic, and those refused because another version answered them (Sec. 3.5.2).
-
-    Internal chats name no version; they belong to the cycle in which they were held.
-    """
-    near = pc.or_(prompts["near_policy"], pc.equal(prompts["source"], "internal"))
-    if config.older_versions:
-        return prompts, prompts.slice(0, 0)
-    return prompts.filter(near), prompts.filter(pc.invert(near))
 
 
 STAGE = Stage(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.prompts import at_most
 from flywheel_tasks.core.quarantine import quarantined
 from flywheel_tasks.core.stage import Inputs
 from flywheel_tasks.models import generate
@@ -78,7 +78,7 @@ class Drawn:
 
 def run(prompts: pa.Table, inputs: Inputs, config: RejectionConfig, out: Output) -> Sampled:
     """Algorithm 1 over all prompts; writes every output of the stage."""
-    prompts, skipped = _first(prompts, config.most_prompts, out.seed)
+    prompts, skipped = at_most(prompts, config.most_prompts, out.seed)
     out.reject(quarantined(skipped, "prompt_id", "not_drawn"))
     pool = _pool(config)
     before = inputs.json("before") or {"earned": []}
@@ -202,15 +202,6 @@ def unusable(completions: pa.Table, keep_unfinished: bool) -> list[str | None]:
 
     columns = (completions[name].to_pylist() for name in ("finish", "text", "reason"))
     return [reason(*row) for row in zip(*columns, strict=True)]
-
-
-def _first(prompts: pa.Table, most: int | None, seed: int) -> tuple[pa.Table, pa.Table]:
-    """At most so many prompts, chosen by hash, in the order in which they came."""
-    if most is None or prompts.num_rows <= most:
-        return prompts, prompts.slice(0, 0)
-    digests = [hashlib.blake2b(f"{seed}\0{p}".encode()).digest() for p in prompts["prompt_id"].to_pylist()]
-    order = sorted(range(len(digests)), key=digests.__getitem__)
-    return prompts.take(sorted(order[:most])), prompts.take(sorted(order[most:]))
 
 
 def _marked(

@@ -20,7 +20,6 @@ from flywheel_tasks.simulation.users import LOCALES, SimulatedUser, Turn
 
 WITHIN = dt.timedelta(minutes=10)
 """Table 2: a conversation is continued when the user writes again within 10 minutes."""
-_MOST_TURNS = 40
 
 
 @dataclass
@@ -65,6 +64,8 @@ class Mix:
     near_duplicates: float = 0.05
     unsafe: float = 0.01
     returning: float = 0.15
+    most_turns: int = 40
+    """Messages of a user in one conversation at most. Policies answer in rounds: the longest one sets their number."""
 
 
 def chat(
@@ -76,10 +77,12 @@ def chat(
     days: int,
     seed: int,
     mix: Mix | None = None,
+    version_of: Mapping[str, str] | None = None,
 ) -> list[TrueConversation]:
-    """Every conversation of `days` days, in order of start; each is held with one of the policies."""
+    """Every conversation of `days` days, in order of start; each is held with one of the policies: its user's
+    (`version_of`, by user id), or one drawn for it."""
     mix = mix or Mix()
-    states = _begin(people, characters, tuple(policies), start, days, seed, mix)
+    states = _begin(people, characters, tuple(policies), start, days, seed, mix, version_of or {})
     active = states
     while active:
         for version in policies:
@@ -118,7 +121,7 @@ class _State:
         turn = self._add("assistant", reply)
         p = 0.0 if self.saying_goodbye else users.continue_probability(t.user, t.character, history, reply)
         turn.p_continue = p
-        stays = bool(rng.random() < p) and sum(x.role == "user" for x in t.turns) < _MOST_TURNS
+        stays = bool(rng.random() < p) and sum(x.role == "user" for x in t.turns) < self.mix.most_turns
         chances = users.signal_probabilities(
             t.user, t.character, history, reply, intent=t.intent, leaving=not stays, pleased_before=self.pleased
         )
@@ -177,6 +180,7 @@ def _begin(
     days: int,
     seed: int,
     mix: Mix,
+    version_of: Mapping[str, str],
 ) -> list[_State]:
     """Draw who talks to whom and when, and let each user open. Popularity falls as 1/rank: one character dominates."""
     rng = np.random.default_rng([seed, 2])
@@ -192,11 +196,12 @@ def _begin(
         user, day = held[i]
         options, shares = zip(*LOCALES[user.locale], strict=True)
         character = characters[int(rng.choice(len(characters), p=popularity))]
+        spoken, intent = str(rng.choice(options, p=shares)), str(rng.choice(character.intents))
+        source = "internal" if rng.random() < mix.internal else "production"
+        drawn = versions[int(rng.integers(len(versions)))]
         truth = TrueConversation(
             conversation_id=f"c{start:%y%m%d}-{index:07d}", user=user, character=character,
-            language=str(rng.choice(options, p=shares)), intent=str(rng.choice(character.intents)),
-            source="internal" if rng.random() < mix.internal else "production",
-            model_version=versions[int(rng.integers(len(versions)))],
+            language=spoken, intent=intent, source=source, model_version=version_of.get(user.user_id, drawn),
         )  # fmt: skip
         state = _State(truth, seed, index, midnight + dt.timedelta(days=day, hours=float(hours[i])), mix)
         earlier = said.setdefault(truth.language, [])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import gzip
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from flywheel_tasks.simulation.chat import Mix, TrueConversation, chat
 from flywheel_tasks.simulation.faults import Faults
 from flywheel_tasks.simulation.language import Policy, scripted_policy
 from flywheel_tasks.simulation.plants import Planted
-from flywheel_tasks.simulation.users import make_users
+from flywheel_tasks.simulation.users import SimulatedUser, make_users
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
@@ -61,7 +61,8 @@ class TrafficTruth:
 def write_event_log(
     directory: str | Path,
     *,
-    users: int,
+    users: int = 0,
+    people: Sequence[SimulatedUser] = (),
     days: int,
     seed: int,
     start: dt.date,
@@ -70,12 +71,16 @@ def write_event_log(
     policies: Mapping[str, Policy] | None = None,
     characters: tuple[Character, ...] | None = None,
     endings: tuple[str, ...] = ENDINGS,
+    version_of: Mapping[str, str] | None = None,
 ) -> TrafficTruth:
-    """Simulate `users` people for `days` days and write one log file a day of arrival, as `endings` say."""
+    """Simulate `users` new people, or those given, for `days` days and write one log file a day of arrival, as
+    `endings` say. `version_of` tells which policy each of them is served (default: chance, by conversation)."""
     faults = Faults() if faults is None else faults
     policies = policies or {"v1": scripted_policy(0.45), "v2": scripted_policy(0.65)}
-    people = make_users(users, seed)
-    held = chat(people, characters or demo_characters(), policies, start=start, days=days, seed=seed, mix=mix)
+    held = chat(
+        list(people) or make_users(users, seed), characters or demo_characters(), policies, start=start, days=days,
+        seed=seed, mix=mix, version_of=version_of,
+    )  # fmt: skip
     truth = TrafficTruth(conversations={c.conversation_id: c for c in held})
     lines = sorted(_lines(held, truth, faults, np.random.default_rng([seed, 4])), key=lambda line: line[0])
     folder = Path(directory)

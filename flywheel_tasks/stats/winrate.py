@@ -43,6 +43,17 @@ def compare(candidate: ArrayLike, champion: ArrayLike) -> Floats:
     return 0.5 + 0.5 * np.sign(a - b)
 
 
+def outcomes(candidate: ArrayLike, champion: ArrayLike, lost: NDArray[np.bool_], won: NDArray[np.bool_]) -> Floats:
+    """1, 1/2 or 0 a row from the scores of both responses. A model that failed to answer has `lost` the row; where both
+    failed, or an answer has no score, nothing can be said of it: NaN."""
+    a, b = np.asarray(candidate, dtype=np.float64), np.asarray(champion, dtype=np.float64)
+    known = np.isfinite(a) & np.isfinite(b) & ~lost & ~won
+    found = np.full(len(known), np.nan)
+    found[known] = compare(a[known], b[known])
+    found[lost & ~won], found[won & ~lost] = 0.0, 1.0
+    return found
+
+
 def both_orders(candidate_first: ArrayLike, candidate_second: ArrayLike) -> Floats:
     """P(candidate is preferred), averaged over the two orders in which a pairwise model can be shown the responses.
 

@@ -18,10 +18,10 @@ from flywheel_tasks.training.task import After, Stop, Values
 class Ema:
     """A hook of the loop; `swapped` puts the average in the module's place for as long as a reference is computed."""
 
-    def __init__(self, decay: float, every: int = 1) -> None:
+    def __init__(self, decay: float, every: int = 1, name: str = "reference") -> None:
         if not 0 <= decay <= 1 or every < 1:
             raise ValueError(f"an average needs a decay in [0, 1] and a positive interval, not {decay} and {every}")
-        self.decay, self.every = decay, every
+        self.decay, self.every, self.name = decay, every, name
         self.average: dict[str, Tensor] = {}
 
     def start(self, module: nn.Module) -> None:

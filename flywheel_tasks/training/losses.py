@@ -126,8 +126,8 @@ def grpo(
     are per token by default: a product over a response has a variance that grows with its length. `sequence` takes the
     geometric mean over the response for both ratios instead. Tokens of one response share `row`.
     """
-    ratio = _ratio(logprob, old, row, level)
-    weight = _ratio(old, gen, row, level).clamp(max=cap).detach()
+    ratio = ratios(logprob, old, row, level)
+    weight = ratios(old, gen, row, level).clamp(max=cap).detach()
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     surrogate = weight * torch.minimum(ratio * advantage, clipped * advantage)
     return -surrogate + beta * kl(logprob, reference, estimator) if beta else -surrogate
@@ -150,7 +150,8 @@ def row_means(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return row_sums(values, row, rows) / row_sums(torch.ones_like(values), row, rows).clamp(min=1)
 
 
-def _ratio(above: Tensor, below: Tensor, row: Tensor, level: Level) -> Tensor:
+def ratios(above: Tensor, below: Tensor, row: Tensor, level: Level) -> Tensor:
+    """exp of log above - log below, per token; or its geometric mean over the response, at each of its tokens."""
     log_ratio = above - below
     if level == "sequence":
         rows = int(row.max()) + 1 if row.numel() else 0

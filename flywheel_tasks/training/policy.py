@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from flywheel_tasks.models.load import Policy
     from flywheel_tasks.models.packed import Packed
 
 
@@ -24,12 +25,15 @@ def build(base: Path, lora: Any, loading: Mapping[str, Any], device: torch.devic
     return load_policy(base, lora=lora, device=device, **loading)
 
 
-def save(base: Path, module: nn.Module, folder: Path) -> None:
-    """A folder that vLLM serves."""
+def save(base: Path, module: Policy, folder: Path) -> None:
+    """A folder that vLLM serves, with what this module says of fixed sentences beside it."""
+    from flywheel_tasks.models import witness
     from flywheel_tasks.models.chat import load_tokenizer
     from flywheel_tasks.models.checkpoint import save_policy
 
-    save_policy(module, load_tokenizer(base), folder)
+    tokenizer = load_tokenizer(base)
+    save_policy(module, tokenizer, folder)
+    witness.record(module, tokenizer, folder)
 
 
 def packed(table: pa.Table, device: torch.device) -> tuple[Packed, torch.Tensor]:

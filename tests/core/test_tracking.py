@@ -12,7 +12,7 @@ from flywheel_tasks.core.config import FlywheelConfig, TrackingConfig
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.runner import run_stage
-from flywheel_tasks.core.stage import Inputs
+from flywheel_tasks.core.stage import Input, Inputs
 from flywheel_tasks.core.store import Store
 from flywheel_tasks.core.tracking import EXPERIMENT
 from tests.drills.stages import CYCLE, FIRST, SECOND, config_for
@@ -39,9 +39,26 @@ def client(tracked: FlywheelConfig) -> MlflowClient:
 
     run_stage(replace(FIRST, run=curve), CYCLE, tracked, store)
     run_stage(SECOND, CYCLE, tracked, store)
+    stages = tracked.stages | {TUNED.name: tracked.stages["drill-second"]}
+    run_stage(TUNED, CYCLE, tracked.model_copy(update={"stages": stages}), store)
     with pytest.raises(FlywheelError):
         run_stage(replace(FIRST, run=fails, name="drill-second"), CYCLE, tracked, store)
     return MlflowClient(tracking_uri=tracked.tracking.uri)
+
+
+def tune(inputs: Inputs, config: object, out: Output) -> None:
+    """A checkpoint that was made from another one."""
+    assert inputs.artifact("base")
+    (out.folder("model") / "config.json").write_text("{}")
+
+
+TUNED = replace(
+    SECOND,
+    name="drill-third",
+    run=tune,
+    inputs={"base": Input("drill-first", "model")},
+    outputs={"model": "checkpoint"},
+)
 
 
 def runs(client: MlflowClient, query: str = "") -> list:
@@ -58,6 +75,7 @@ def test_one_parent_run_per_cycle_and_one_child_per_attempt(client: MlflowClient
         ("drill-first", "FINISHED"),
         ("drill-second", "FAILED"),
         ("drill-second", "FINISHED"),
+        ("drill-third", "FINISHED"),
     ]
     tags = children[0].data.tags
     assert {"cycle", "attempt", "artifact_key", "artifact_uri", "git_commit"} <= set(tags)
@@ -82,12 +100,17 @@ def test_a_checkpoint_is_a_logged_model_that_holds_a_reference_not_weights(
 ) -> None:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     models = client.search_logged_models([experiment.experiment_id])
-    assert len(models) == 1
+    named = {model.model_type: model for model in models}
+    assert named.keys() == {"drill-first", "drill-third"}
     artifact = Store(tracked.store.uri).pointed(CYCLE, "drill-first")
     assert artifact is not None
-    assert models[0].tags["uri"] == artifact.uri
-    assert models[0].tags["sha256"] == artifact.manifest.outputs["model"].sha256
-    assert int(models[0].tags["bytes"]) > 5000
+    tags = named["drill-first"].tags
+    assert tags["uri"] == artifact.uri
+    assert tags["sha256"] == artifact.manifest.outputs["model"].sha256
+    assert int(tags["bytes"]) > 5000
+    assert tags["commit"] == artifact.manifest.commit
+    later = named["drill-third"].tags
+    assert later["input.base"] == f"drill-first/{artifact.manifest.key}", "what a model was made from stands beside it"
     files = [f.path for f in client.list_artifacts(runs(client, "tags.stage = 'drill-first'")[0].info.run_id)]
     assert sorted(files) == ["plot.png", "report.json"]
 

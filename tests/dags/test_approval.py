@@ -101,6 +101,13 @@ def test_the_first_answer_stands(world: World):
     assert [entry.action for entry in ledger.read(world.store.storage).entries] == ["refuse"]
 
 
+def test_a_second_run_of_the_cycle_asks_nobody_again(world: World):
+    held = context(world.promote("HOLD"))
+    asked().execute_complete(held, said(REJECT))
+    with pytest.raises(AirflowSkipException, match="ada answered before"):
+        Approval.execute.__wrapped__(asked(), held)
+
+
 def test_the_dag_asks_after_promote():
     with DAG("d", schedule=None, params=parameters([GATE])) as dag:
         build(dag, [GATE, promote.STAGE])

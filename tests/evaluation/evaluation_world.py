@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Knobs(StageConfig):
     leaked: int = 0
     violation: float = 0.05
     champion_fails: bool = False
+    sessions: int = 0
 
 
 def _rows(name: str, rows: list[dict[str, Any]]) -> pa.Table:
@@ -119,6 +121,39 @@ def _reward(kind: str) -> Any:
     return run
 
 
+def _shown(inputs: Inputs, config: Knobs, out: Output) -> None:
+    """Side-by-side conversations of the candidate and the base, sides in turn; none unless people were asked."""
+    candidate = f"rl/{inputs.artifact('candidate')[0].manifest.key}"
+    told = {"user": "u", "source": "internal", "locale": "en", "split": "eval", "made": "policy_pool", "turns": []}
+    rows = [
+        told | {
+            "pair_id": f"s{n}", "prompt_id": f"s{n}", "character_id": f"c{n % 4}", "mode": "interactive",
+            "policy0": (candidate, "base")[n % 2], "policy1": ("base", candidate)[n % 2], "y0": "a", "y1": "b",
+            "task_id": f"t{n}", "cycle": out.cycle, "left": "y0", "digest": "0", "reviewers": 1,
+            **dict.fromkeys(("delta_length", "delta_emoji", "delta_list", "delta_markdown"), 0),
+        }
+        for n in range(config.sessions)
+    ]  # fmt: skip
+    with out.table("tasks") as writer:
+        writer.write(_rows("task", rows))
+    out.account("task", len(rows), len(rows))
+
+
+def _annotations(inputs: Inputs, config: Knobs, out: Output) -> None:
+    """Three in four turns go to the candidate, whichever side it was on."""
+    rows = [
+        {
+            "annotation_id": f"a{n}", "pair_id": task["pair_id"], "user": "u", "batch": "261120", "mode": task["mode"],
+            "annotator": f"person{n % 2}", "questions": [], "at": datetime(2026, 11, 20, tzinfo=UTC),
+            "preferred": "y0" if (task["policy0"] != "base") == (n % 5 > 0 and n != 7) else "y1",
+        }
+        for n, task in enumerate(inputs["tasks"].read().to_pylist())
+    ]  # fmt: skip
+    with out.table("annotations") as writer:
+        writer.write(_rows("annotation", rows))
+    out.account("review", len(rows), len(rows))
+
+
 def _metrics(inputs: Inputs, config: Knobs, out: Output) -> None:
     """Numbers as STYLE's metrics report them."""
 
@@ -164,6 +199,8 @@ BEFORE = (
     ),
     _stage("preference-pointwise", _reward("pointwise"), {"model": "checkpoint", "report": "json"}),
     _stage("preference-pairwise", _reward("pairwise"), {"model": "checkpoint", "report": "json"}),
+    _stage("annotate-export", _shown, {"tasks": "task"}, candidate=Input("rl", "model")),
+    _stage("annotate-import", _annotations, {"annotations": "annotation"}, tasks=Input("annotate-export", "tasks")),
     _stage("metrics", _metrics, {"metrics": "json", "style": "json"}),
     _stage("benchmarks", _benchmarks, {"benchmarks": "json"}),
 )

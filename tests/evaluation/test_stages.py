@@ -131,6 +131,25 @@ def test_the_gate_reads_what_the_stages_measured(world: World) -> None:
     assert again.json("evidence") == evidence
 
 
+def test_people_who_compared_both_models_side_by_side_are_evidence(world: World) -> None:
+    made = world.run(annotate_export={"sessions": 24}, gate=GATE)
+    decision, evidence = made["gate"].json("decision"), made["gate"].json("evidence")
+    human = evidence["human_win_rate"]
+    assert (human["rate"], human["n"]) == (0.75, 24)
+    assert 0.5 < human["low"] <= 0.75 <= human["high"]
+    assert findings(decision, "loss")["human"] == "PASS"
+    file = world.folder / "people.json"
+    file.write_text(json.dumps({"human_win_rate": {"rate": 0.9, "n": 100}}))
+    with pytest.raises(InputError, match="'human_win_rate' is handed in twice"):
+        world.run(annotate_export={"sessions": 24}, gate=GATE | {"evidence": [str(file)]})
+
+
+def test_where_nobody_compared_the_two_there_is_no_human_win_rate(world: World) -> None:
+    made = world.run(gate=GATE | {"require": ["human_win_rate"]})
+    assert "human_win_rate" not in made["gate"].json("evidence")
+    assert findings(made["gate"].json("decision"), "evidence")["human_win_rate"] == "BLOCK"
+
+
 @pytest.mark.parametrize(
     ("sections", "why"),
     [

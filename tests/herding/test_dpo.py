@@ -10,9 +10,12 @@ import pytest
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.herding.dpo import STAGE, DpoConfig
+from flywheel_tasks.herding.exported import ServingConfig, WatchConfig
 from flywheel_tasks.models.lora import Lora
+from flywheel_tasks.style.monitor import StyleConfig
 from flywheel_tasks.training.config import TrainingConfig
 from tests.herding.conftest import run, source
+from tests.models.engines import SMALL
 from tests.preherding.conftest import Given, preferences
 
 FORGOTTEN = "f" * 32
@@ -34,13 +37,16 @@ def patch(
         rows=24,
         beta=0.5,
         lora=Lora(rank=4),
-        train=TrainingConfig(epochs=3, batch=8, learning_rate=0.01),
+        train=TrainingConfig(epochs=3, batch=8, learning_rate=0.01, publish_every=5),
+        watch=WatchConfig(prompts=32, max_tokens=24, style=StyleConfig(least=5)),
+        serving=ServingConfig(engine=SMALL),
         max_tokens=400,
     )
     return run(STAGE, store, config, artifacts, files, frozenset({FORGOTTEN}))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_small_patch_learns_what_was_chosen_and_loses_no_row(
     store: Store, given: Given, characters: pa.Table, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -58,6 +64,15 @@ def test_a_small_patch_learns_what_was_chosen_and_loses_no_row(
     last = made.json("report")["training"]["last"]
     assert last["accuracy"] > 0.8
     assert last["margin"] > 0 < last["k3_on_pairs"]
+    # 23 pairs in batches of 8, three times: a checkpoint on the way and the last one.
+    moved, served = made.json("report")["moved"], made.json("report")["served"]
+    assert moved["by_step"].keys() == served.keys() == {"5", "9"}
+    assert all(0 < drift["probe/drift_max"] < 0.5 for drift in served.values())
+    assert 0 < moved["by_step"]["5"]["kl"] < moved["by_step"]["9"]["kl"]
+    assert {"style/words", "style/drifted"} <= moved["by_step"]["9"].keys()
+    assert [(c["a"], c["b"]) for c in moved["style"]] == [("step-5", "start"), ("step-9", "start")]
+    files = {name: {f.path.split("/")[-1] for f in made.manifest.outputs[name].files} for name in ("model", "steps")}
+    assert all("trainer_logprobs.json" in names for names in files.values())
 
 
 def test_without_pairs_there_is_no_patch(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.herding import mixture
+from flywheel_tasks.training.rows import Encoded
 
 SOURCES = schemas.EXAMPLE_SOURCES
 
@@ -85,3 +88,54 @@ def test_a_source_of_ratio_zero_is_left_out() -> None:
 def test_a_mixture_has_exactly_the_rows_that_were_asked_for(weights: list[int], rows: int) -> None:
     ratios = {source: weight / sum(weights) for source, weight in zip(SOURCES, weights, strict=False)}
     assert sum(mixture.quotas(dict.fromkeys(ratios, 1000), ratios, rows).values()) == rows
+
+
+def too_long(refused: set[str]) -> Callable[[pa.Table], Encoded]:
+    """An encoder that refuses these ids."""
+
+    def encode(table: pa.Table) -> Encoded:
+        ids = table["example_id"].to_pylist()
+        reject = [
+            {"row_id": name, "reason": "too_long", "where": "examples", "user": None, "raw": None}
+            for name in ids
+            if name in refused
+        ]
+        kept = [(name, source) for name, source in zip(ids, table["source"].to_pylist(), strict=True)]
+        kept = [one for one in kept if one[0] not in refused]
+        body = pa.table({"row_id": [n for n, _ in kept], "source": [s for _, s in kept]}, schema=ENCODED)
+        return Encoded(body, pa.Table.from_pylist(reject, schemas.QUARANTINE))
+
+    return encode
+
+
+ENCODED = pa.schema({"row_id": pa.string(), "source": pa.string()})
+
+
+@given(st.lists(st.floats(0.1, 1), min_size=3, max_size=3), st.integers(0, 2**31), st.booleans())
+def test_the_ratios_hold_for_the_rows_that_can_be_trained_on(chances: list[float], seed: int, sized: bool) -> None:
+    sources = SOURCES[:3]
+    table = examples(dict.fromkeys(sources, 60))
+    rng = np.random.default_rng(seed)
+    odds = dict(zip(sources, chances, strict=True))
+    pick = zip(table["example_id"].to_pylist(), table["source"].to_pylist(), strict=True)
+    refused = {name for name, source in pick if rng.random() > odds[source]}
+    ratios = dict(zip(sources, (0.5, 0.3, 0.2), strict=True))
+    left = Counter(name.rsplit("-", 1)[0] for name in table["example_id"].to_pylist() if name not in refused)
+    assume(all(left[source] >= 2 for source in sources))
+    rows = 4 if sized else None
+    found, undrawn = mixture.encoded(table, ratios, rows, seed, too_long(refused))
+    total = found.table.num_rows
+    taken = Counter(found.table["source"].to_pylist())
+    assert all(abs(taken[source] - ratios[source] * total) < 1 for source in sources)
+    assert all(taken[source] <= left[source] for source in sources)
+    assert total >= sum(mixture.quotas(left, ratios, rows).values())
+    names = found.table["row_id"].to_pylist()
+    assert len(set(names)) == total
+    assert not refused & set(names)
+    assert total + found.rejected.num_rows + int(undrawn.sum()) == table.num_rows
+
+
+def test_a_source_whose_rows_are_all_refused_says_why() -> None:
+    table = examples({"user_rjs": 4, "safety": 4})
+    with pytest.raises(InputError, match=r"'safety' has no rows.*too_long \(4\)"):
+        mixture.encoded(table, {"user_rjs": 0.5, "safety": 0.5}, None, 1, too_long({f"safety-{n}" for n in range(4)}))

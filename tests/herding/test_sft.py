@@ -12,11 +12,13 @@ from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.herding.exported import ServingConfig
 from flywheel_tasks.herding.sft import STAGE, SftConfig, distinct
 from flywheel_tasks.models.lora import Lora
 from flywheel_tasks.simulation.characters import demo_characters
 from flywheel_tasks.training.config import TrainingConfig
 from tests.herding.conftest import run, source
+from tests.models.engines import SMALL
 from tests.preherding.conftest import Given
 
 MAYA = demo_characters()[0].character_id
@@ -53,30 +55,36 @@ def fine_tune(
         lora=Lora(rank=4),
         train=TrainingConfig(epochs=4, batch=8, learning_rate=0.01, publish_every=8),
         max_tokens=400,
+        serving=ServingConfig(engine=SMALL),
     )
     return run(STAGE, store, config, artifacts, [delivered], frozenset({FORGOTTEN}))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_mixture_is_learned_and_every_row_is_accounted_for(
     store: Store, given: Given, characters: pa.Table, tiny_model: Path, tmp_path: Path
 ) -> None:
     odd = [
         example("s0", "A second row with the first one's id."),
         example("gone", "The sea is rough.", user=FORGOTTEN),
-        *(example(f"stranger{i}", f"The sea is deep, {i}.", character_id="nobody") for i in range(3)),
+        *(example(f"stranger{i}", f"The sea is deep, {i}.", character_id="nobody") for i in range(12)),
     ]
     made = fine_tune(store, given, characters, tiny_model, tmp_path, [*sampled(40), *odd])
     rows = made.manifest.rows
     assert rows is not None
-    assert rows.rows_in == 45 + 9
+    assert rows.rows_in == 54 + 9
     reasons = dict(rows.reasons)
     broken = {name: reasons.pop(name) for name in list(reasons) if not name.startswith(("not_drawn", "unknown"))}
     assert broken == {"not_json": 1, "example_id_repeats": 1, "forgotten": 1}
     report = made.json("report")
+    # Strangers that were drawn were refused and replaced, so the ratios hold for what is trained.
+    assert reasons["unknown_character"] > 0
     assert report["mixture"] == {"safety": 8, "user_rjs": 24}
-    assert reasons["not_drawn"] == 43 - 24
-    assert report["training"]["rows"] == rows.rows_out == 32 - reasons.get("unknown_character", 0)
+    assert sum(reasons.values()) == 52 - 24
+    assert report["training"]["rows"] == rows.rows_out == 32
+    assert report["served"].keys() == {"8", "16"}
+    assert all(0 < drift["probe/drift_max"] < 0.5 for drift in report["served"].values())
     assert {"loss/safety", "loss/user_rjs"} <= report["training"]["last"].keys()
     assert {file.path.split("/")[-1] for file in made.manifest.outputs["model"].files} >= {
         "config.json", "model.safetensors", "tokenizer.json",

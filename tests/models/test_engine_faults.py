@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flywheel_tasks.compute import session
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.models.engine import Completion, Engine, Request
 from flywheel_tasks.models.engine_config import Sampling
@@ -131,8 +132,6 @@ def test_a_killed_stage_resumes_from_the_chunks_it_committed(tiny_model: Path, t
 
 
 def test_replicas_on_ray_share_a_round_and_survive_a_death(tiny_model: Path) -> None:
-    import ray
-
     asked = [Request(f"p{number}", prompt(number)) for number in range(100)]
     try:
         with started(tiny_model, EXACT.model_copy(update={"replicas": 2})) as engine:
@@ -151,4 +150,4 @@ def test_replicas_on_ray_share_a_round_and_survive_a_death(tiny_model: Path) -> 
                 alone = tokens(engine.generate(asked[:4], DRAW, replica=number))
                 assert alone == {name: whole[name] for name in alone}
     finally:
-        ray.shutdown()
+        session.ensure().shutdown()

@@ -70,6 +70,7 @@ def sample(
     }
     config = RejectionConfig(
         policy=ModelConfig(path=str(model)),
+        least_policies=1,
         engine=EngineConfig(cache_gib=0.1, context=512),
         sampling=Sampling(k=K, max_tokens=12),
         **{"keep_unfinished": True, **changes},
@@ -119,6 +120,16 @@ def test_signals_that_proved_unreliable_may_not_even_rank(signal: str) -> None:
         RejectionConfig(signals={signal: 0.1})
 
 
+def test_a_pool_of_one_is_refused_unless_it_is_meant() -> None:
+    small, large = ModelConfig(path="/models/70b"), ModelConfig(path="/models/405b", tensor_parallel=16)
+    with pytest.raises(ValueError, match=r"the pool is /models/70b.*larger sibling in models\.candidates"):
+        RejectionConfig(policy=small)
+    with pytest.raises(ValueError, match="chooses among 2"):
+        RejectionConfig(policy=small, candidates=(small,))
+    assert RejectionConfig(policy=small, candidates=(large,)).least_policies == 2
+    assert RejectionConfig(policy=small, least_policies=1).candidates == ()
+
+
 def test_a_threshold_is_one_rule() -> None:
     with pytest.raises(ValueError, match=r"threshold\.value or threshold\.quantile"):
         ThresholdConfig(value=1.0, quantile=0.5)
@@ -159,5 +170,6 @@ def test_prompts_of_forgotten_users_are_not_sampled_from(
     store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], tiny_model: Path
 ) -> None:
     inputs = Inputs({"prompts": (given("constrain", {"prompts": week(6)}), "prompts")}, {}, frozenset({"0" * 32}))
+    config = RejectionConfig(least_policies=1)
     with pytest.raises(InputError, match="no prompt to sample from"):
-        commit(store, STAGE.name, STAGE.outputs, lambda out: STAGE.run(inputs, RejectionConfig(), out), "d" * 32)
+        commit(store, STAGE.name, STAGE.outputs, lambda out: STAGE.run(inputs, config, out), "d" * 32)

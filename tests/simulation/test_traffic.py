@@ -232,4 +232,4 @@ def test_nothing_that_ships_imports_the_simulation() -> None:
                 names = [f"{node.module}.{a.name}" for a in node.names]
             if any(n.startswith("flywheel_tasks.simulation") for n in names):
                 importers.add(path.relative_to(package).as_posix())
-    assert importers <= {"demo.py"}
+    assert importers <= {"demo.py", "demo_week.py"}

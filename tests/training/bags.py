@@ -22,6 +22,7 @@ from torch import nn
 from flywheel_tasks.training import losses, rows
 from flywheel_tasks.training.config import PlacementConfig, TrainingConfig
 from flywheel_tasks.training.loop import Job, run_loop
+from flywheel_tasks.training.optim import BETAS
 from flywheel_tasks.training.rows import RowFile
 from flywheel_tasks.training.step import World
 from flywheel_tasks.training.task import Loss, Step, Task
@@ -160,11 +161,27 @@ def losses_of(lines: Sequence[Mapping[str, Any]]) -> list[float]:
     return [line["metrics"]["loss"] for line in lines]
 
 
-def furthest(one: Path, other: Path, step: int) -> float:
-    """The largest difference of any weight. Adam turns a gradient that is rounding noise into a step of up to the
-    learning rate, so weights of equal runs may be that far apart where their losses agree to five digits."""
-    ours, theirs = weights(one, step), weights(other, step)
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+def gradient(*folders: Path) -> dict[str, torch.Tensor]:
+    """The whole batch's gradient of the first step, after clipping: Adam's first moment holds (1 - beta) times it.
+    Shards of several workers are put together. Weights would not do: Adam turns a gradient that is rounding noise into
+    a step of the whole learning rate."""
+    from safetensors.torch import load_file
+
+    files = sorted((f for folder in folders for f in folder.rglob("step-000001*/worker-*.safetensors")), key=_name)
+    assert files, f"no state of the first step below {folders}"
+    parts = [{k: v for k, v in load_file(file).items() if k.startswith("exp_avg/")} for file in files]
+    return {name: torch.cat([part[name] for part in parts]) / (1 - BETAS[0]) for name in parts[0]}
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two gradients, beside the largest entry of the first."""
+    assert one.keys() == other.keys()
+    most = max(float(value.abs().max()) for value in one.values())
+    return max(float((value - other[name]).abs().max()) for name, value in one.items()) / most
+
+
+def _name(file: Path) -> str:
+    return file.name
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ def settings(model: Path, kind: str) -> dict[str, Any]:
     return {
         "what": sft.task(model, lora=lora, dtype=getattr(torch, dtype)),
         "rows_table": examples(model), "batch": 4, "epochs": 1, "token_budget": 150, "learning_rate": 1e-3,
+        "save_every": 1,
     }  # fmt: skip
 
 

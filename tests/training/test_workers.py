@@ -45,5 +45,5 @@ def test_two_workers_make_the_update_of_one(tmp_path: Path, tiny_model: Path, ki
     assert found[0] == found[1]
     loose = 2e-2 if kind.endswith("bfloat16") else 1e-4
     assert np.allclose(found[0], bags.losses_of(alone), rtol=loose)
-    apart = 0.02 if kind.endswith("bfloat16") else 1e-3
-    assert bags.furthest(tmp_path / "alone", tmp_path / "worker-0", 4) < apart
+    both = bags.gradient(tmp_path / "worker-0", tmp_path / "worker-1")
+    assert bags.apart(bags.gradient(tmp_path / "alone"), both) < (2e-2 if kind.endswith("bfloat16") else 1e-5)

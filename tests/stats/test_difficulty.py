@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flywheel_tasks.core.errors import InputError
-from flywheel_tasks.curation.difficulty import by_prompt, hardest, over_representation
+from flywheel_tasks.stats.difficulty import by_prompt, hardest, over_representation
 
 JOBS = np.array(["small_talk", "information_seeking", "role_play_adventure", "role_play_romantic"], dtype=object)
 

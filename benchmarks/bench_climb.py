@@ -1,0 +1,77 @@
+"""Does the flywheel climb? Three cycles on simulated people with a known latent engagement, against three ways to lose.
+
+    whole      every stage, the gate, an A/B week; a champion changes only when the readout says ship
+    SFT only   the candidate is the SFT model on rejection-sampled answers
+    no gate    every candidate becomes champion
+    signals    RL is rewarded by the user-signal model itself (Sec. 3.5.5 forbids it; the product's configuration too)
+
+`--quick` is the first cycle alone. Work is kept under $FLYWHEEL_HOME/climb: a run that was cut off goes on there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.climb_wheel import ARMS, HAS_RL, SIZES, UNITS, Bench, Wheel
+from benchmarks.harness import Report, Row
+from flywheel_tasks.core import ids
+from flywheel_tasks.core.config import home
+
+CYCLES = ("2026-W40", "2026-W41", "2026-W42")
+SEED = 23
+
+
+def main(quick: bool) -> Report:
+    os.environ.setdefault(ids.USER_KEY_VARIABLE, "climb-only-key-0123456789abcdef")
+    bench = Bench(home().absolute() / "climb", SEED)
+    found: list[dict[str, Any]] = []
+    for arm in ARMS:
+        wheel = Wheel(arm, bench)
+        for cycle in CYCLES[:1] if quick else CYCLES:
+            found.append(_kept(wheel, cycle))
+            print(line(found[-1]), flush=True)
+    rows = [
+        Row(f"{one['arm']}, {one['cycle']}", round(one["seconds"], 1), [round(one["seconds"], 1)],
+            round(one["seconds"], 1), 0.0, 0.0, None, one, [one])
+        for one in found
+    ]  # fmt: skip
+    return Report("climb", "true chance that a reply is answered, by cycle", "cycles", rows, notes(found))
+
+
+def _kept(wheel: Wheel, cycle: str) -> dict[str, Any]:
+    """The cycle, or what an earlier run of the benchmark found of it."""
+    file: Path = wheel.folder / f"{cycle}.json"
+    if file.exists():
+        found = json.loads(file.read_text())
+        wheel.champion = wheel.champion.model_copy(update={"path": found["next_path"]})
+        return dict(found)
+    found = wheel.turn(cycle)
+    found["next_path"] = wheel.champion.path
+    file.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def line(one: dict[str, Any]) -> str:
+    def span(x: dict[str, float]) -> str:
+        return f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
+
+    change = one["difference"]
+    rates = ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in one["rm_win_rate"].items())
+    signal = f", signals {100 * one['signal_win_rate']:.0f} %" if "signal_win_rate" in one else ""
+    return (
+        f"{one['arm']:<9} {one['cycle']}  champion {span(one['champion'])}  candidate {span(one['candidate'])}  "
+        f"change {change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]  win-rates {rates}{signal}  "
+        f"gate {one['gate']}  A/B {one['ab']}  {'crowned' if one['crowned'] else 'not crowned'}  "
+        f"then {span(one['next_champion'])}"
+    )
+
+
+def notes(found: list[dict[str, Any]]) -> list[str]:
+    return [
+        *(line(one) for one in found),
+        f"seed {SEED}; {'with' if HAS_RL else 'without'} RL; A/B weeks of {UNITS:,} units an arm with the true effect",
+        f"over the demo's profile: {', '.join(SIZES)}",
+    ]

@@ -1,0 +1,197 @@
+"""The simulated weeks around a cycle: the traffic that it learns from, and the A/B week that decides on its candidate
+(Sec. 2.5.2).
+
+In the A/B week every user is served by their arm's real policy: `release.assign` gives the arm, as a serving platform
+would ask it. Their events are a log like any other: `ingest` reads it, then the DAG `ab_readout` writes first exposures
+with `expose` and closes the window with `readout`. Nobody tells a stage what is true; the truth is printed beside what
+the readout found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flywheel_tasks.core import ids
+from flywheel_tasks.core.config import ModelConfig
+from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.demo_airflow import Airflow, Say
+from flywheel_tasks.pipeline import load_config, weekly
+from flywheel_tasks.release.assign import assign
+from flywheel_tasks.release.champion import ARM, EXPERIMENT, candidate_of
+from flywheel_tasks.release.expose import named
+from flywheel_tasks.release.reign import for_stage
+from flywheel_tasks.services import state_dir, user_key
+
+PROFILE = "demo"
+WEEKLY, DAILY = "character_flywheel", "ab_readout"
+USERS, DAYS, SEED = 80, 7, 17
+INTERNAL = 0.35
+"""Share of the traffic that is staff's: enough that the gate can compare user and internal prompts."""
+A_DAY = 0.5
+"""Conversations a day of everybody in the A/B week."""
+MOST_TURNS = 12
+"""What a user writes in one conversation at most: a few long ones would cost as much as all the others."""
+EXPORTS, DELIVERIES = "exports", "deliveries"
+
+
+def store() -> Store:
+    return Store(load_config(PROFILE).store.uri)
+
+
+def reigning(cycle: str) -> ModelConfig:
+    """The policy that this cycle works with."""
+    return for_stage(load_config(PROFILE), "pairs", store(), cycle).models.policy
+
+
+def traffic(cycle: str, say: Say) -> Path:
+    """The week before the cycle, chatted with the champion and written once; returns the folder of logs and cards."""
+    from flywheel_tasks.simulation import users, world
+    from flywheel_tasks.simulation.chat import Mix
+
+    folder = state_dir() / "demo" / cycle
+    if not folder.exists():
+        policy = reigning(cycle)
+        start = ids.cycle_start(cycle) - datetime.timedelta(days=DAYS)
+        say(f"{USERS} simulated users chat with {policy.path} for {DAYS} days from {start} ...")
+        with whole(folder) as unfinished:
+            truth = world.chat_with(
+                {version(policy): policy}, unfinished, users.make_users(USERS, SEED), days=DAYS, seed=seed(cycle),
+                start=start, mix=Mix(internal=INTERNAL, most_turns=MOST_TURNS),
+            )  # fmt: skip
+        say(f"{truth.lines:,} log lines of {len(truth.conversations):,} conversations in {folder}")
+    return folder
+
+
+def reviews(world_folder: Path, cycle: str, people: int, noise: float, say: Say) -> None:
+    """Annotators answer what went out; an export that has its delivery is not answered again."""
+    from flywheel_tasks.simulation import world
+
+    day = ids.cycle_start(cycle)
+    given = world.answer(
+        world_folder / EXPORTS, world_folder / DELIVERIES, people=people, noise=noise, seed=SEED, day=day
+    )
+    say(f"\n{people} simulated annotators sent {given:,} reviews.")
+
+
+def ab_week(airflow: Airflow, cycle: str, say: Say) -> Artifact | None:
+    """The closed readout of the cycle's candidate; None where the gate let none through."""
+    home = store()
+    model = candidate_of(home, cycle)
+    if model is None:
+        say("\nNo candidate was nominated: no user meets it, there is no A/B week, and the champion stays.")
+        return None
+    found = home.pointed(cycle, "readout")
+    if found and found.json("readout")["status"] == "closed" and _tested(found) == model.sha256:
+        say("\nThe A/B week of this cycle was read before.")
+        return found
+    folder = _both_arms(cycle, ModelConfig(path=model.path(home.uri)), say)
+    start = ids.cycle_start(cycle)
+    logs = [str(state_dir() / "demo" / cycle / "logs" / "*"), str(folder / "logs" / "*")]
+    cards = [str(folder / "characters.jsonl")]
+    conf: dict[str, Any] = {"cycle": cycle, "profile": PROFILE}
+    read = [f"ingest.logs={json.dumps(logs)}", f"ingest.characters={json.dumps(cards)}"]
+    others = [stage.name for stage in weekly() if stage.name != "ingest"]
+    ingested = airflow.run(WEEKLY, conf | {"overrides": read, "skip": others, "reviews_at_least": 0})
+    days = [f"expose.start={start}", f"readout.as_of={start + datetime.timedelta(days=DAYS)}"]
+    done = airflow.run(DAILY, conf | {"overrides": days}) if ingested.state == "success" else ingested
+    return home.pointed(cycle, "readout") if done.state == "success" else None
+
+
+def crowned(cycle: str) -> bool:
+    """Whether the ledger says that this cycle's candidate became champion."""
+    from flywheel_tasks.release.ledger import read
+
+    return any(entry.action == "crown" and entry.cycle == cycle for entry in read(store().storage).entries)
+
+
+def truth(folder: Path) -> dict[str, dict[str, float]]:
+    """Version → the true chance that its replies are answered, as the simulation knows it."""
+    file = folder / "truth.json"
+    return dict(json.loads(file.read_text())["answered"]) if file.exists() else {}
+
+
+def ab_folder(cycle: str) -> Path:
+    return state_dir() / "demo" / f"{cycle}-ab"
+
+
+def version(policy: ModelConfig) -> str:
+    """How the log names a policy."""
+    return policy.path.rpartition(":")[2] if ":" in policy.path.partition("://")[0] else policy.path.split("/")[-2][:12]
+
+
+def seed(cycle: str) -> int:
+    """People are the same every week; what they say is not."""
+    return SEED + ids.cycle_start(cycle).toordinal() // 7
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder that is there whole or not at all."""
+    unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}")
+    try:
+        yield unfinished
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _both_arms(cycle: str, candidate: ModelConfig, say: Say) -> Path:
+    """The week of the test, chatted with the champion by one arm and with the candidate by the other."""
+    from flywheel_tasks.simulation import users, world
+    from flywheel_tasks.simulation.chat import Mix
+
+    folder = ab_folder(cycle)
+    if folder.exists():
+        return folder
+    (experiment,) = named(load_config(PROFILE).stages["expose"].experiments, cycle)  # type: ignore[attr-defined]
+    people = world.steady(users.make_users(USERS, SEED), A_DAY)
+    key = user_key().encode()
+    place = assign([ids.pseudonym(person.user_id, key) for person in people], experiment)
+    arms, champion = list(experiment.arms), reigning(cycle)
+    served = {version(champion): champion, version(candidate): candidate}
+    of_arm = [version(candidate) if arm == ARM else version(champion) for arm in arms]
+    version_of = {
+        person.user_id: of_arm[arm] if arm >= 0 else version(champion)
+        for person, arm in zip(people, place.tolist(), strict=True)
+    }
+    start = ids.cycle_start(cycle)
+    counts = ", ".join(f"{list(version_of.values()).count(name)} with {name}" for name in served)
+    say(f"\nA/B week: {USERS} simulated users chat for {DAYS} days from {start}, {counts} ...")
+    with whole(folder) as unfinished:
+        mix = Mix(internal=0.0, most_turns=MOST_TURNS)
+        world.chat_with(
+            served, unfinished, people, days=DAYS, seed=seed(cycle), start=start, mix=mix, version_of=version_of
+        )
+    return folder
+
+
+def _tested(readout: Artifact) -> str:
+    return str((readout.json("readout").get("candidate") or {}).get("sha256", ""))
+
+
+def lifts(readout: Artifact) -> list[str]:
+    """Breadth and depth of the candidate over the champion, with Fieller's sets, and what follows."""
+    found = readout.json("readout")
+    mine = found["comparisons"].get(ARM, {})
+    lines = [f"A/B test  {EXPERIMENT}{readout.manifest.cycle}: {found['status']}, {found['estimand']}"]
+    lines += [f"          {name:<8} {lift(mine[name])}" for name in ("breadth", "depth") if name in mine]
+    lines += [f"          {problem}" for problem in found["problems"]]
+    lines += [f"          {d['arm']}: {d['verdict']} ({'; '.join(d['reasons'])})" for d in found["decisions"]]
+    return lines
+
+
+def lift(comparison: dict[str, Any]) -> str:
+    """+3.1 % [-2.0, 8.4]; a set without two ends is named."""
+    if comparison["lift_pct"] is None:
+        return str(comparison["kind"])
+    bounds = comparison["lift_pct_bounds"]
+    ends = [f"{end:+.1f}" if end is not None else "unbounded" for end in bounds] if bounds else [comparison["kind"]]
+    return f"{comparison['lift_pct']:+.1f} % [{', '.join(ends)}]"

@@ -1,0 +1,134 @@
+"""Stage `rl`: the climb itself, online RL from the policy's own responses (Sec. 2.4.3, 3.5.2-3.5.6)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
+from flywheel_tasks.herding.rl_config import RlConfig
+
+if TYPE_CHECKING:
+    from flywheel_tasks.herding.rl_start import Start
+    from flywheel_tasks.training.run import Trained
+
+History = dict[int, dict[str, float]]
+"""Metrics of every step."""
+
+
+def run(inputs: Inputs, config: RlConfig, out: Output) -> None:
+    """Learn from the policy's own responses to this cycle's prompts: several for each, rewarded by the pointwise
+    preference model less penalties, by GRPO (eq. 8) or online DPO. Prompts whose responses differ most come first.
+    While it climbs, both preference models compare it with the policy it started as on held-out prompts; the
+    checkpoint nearest the ideal win-rate is the output, and a policy past the hard limit ends the run."""
+    from flywheel_tasks.herding import rl_start
+    from flywheel_tasks.herding.rl_remote import rollouts
+
+    setup = rl_start.setup(inputs, config, out.seed)
+    with rollouts(setup, gpus=config.rollout_gpus, deadline_s=config.placement.deadline_s) as far:
+        start = rl_start.prepare(far, inputs, config, out)
+        trained, history = _train(far, setup.policy.path, start, config, out)
+    _finish(trained, history, start, config, out)
+
+
+def _train(
+    far: Any, base: str, start: Start, config: RlConfig, out: Output
+) -> tuple[Trained, dict[int, dict[str, float]]]:
+    from pathlib import Path
+
+    from flywheel_tasks.herding import rl_hooks
+    from flywheel_tasks.models.probe import ProbeConfig
+    from flywheel_tasks.training import rl
+    from flywheel_tasks.training.run import train
+
+    training = config.training(start.selected.prompts.num_rows)
+    steps, updates = training.steps or 1, config.loss.updates
+    drift = ProbeConfig(tokens=config.drift.tokens, most=config.drift.most, mean=config.drift.mean)
+    history: History = {}
+
+    def log(step: int, values: Any) -> None:
+        history[step] = dict(values)
+        for name, value in values.items():
+            out.metric(f"train/{name}", value, step=step)
+        out.progress(step, steps, "steps")
+
+    watch = partial(
+        rl_hooks.Watch, far, start.held_out, start.responses, config.guardrail, steps=steps,
+        temperature=config.sampling.temperature, seed=out.seed,
+    )  # fmt: skip
+    trained = train(
+        rl.task(Path(base), config.loss, temperature=config.sampling.temperature, lora=config.lora, seed=out.seed),
+        None,
+        training,
+        config.placement,
+        seed=out.seed,
+        folder=f"{out.partial.uri}/train/run",
+        on_metrics=log,
+        source=partial(rl_hooks.Batches, far, steps, updates, config.ahead),
+        hooks=[
+            *rl.hooks(config.loss),
+            partial(rl_hooks.Sync, far, far.ask("probe_prompts", config.drift.prompts), drift, updates),
+            watch,
+            partial(rl_hooks.Halt, config.guardrail),
+        ],
+    )
+    return trained, history
+
+
+def _finish(trained: Trained, history: History, start: Start, config: RlConfig, out: Output) -> None:
+    """The checkpoint nearest the ideal becomes the model, the others its steps."""
+    from flywheel_tasks.herding import guardrail
+    from flywheel_tasks.training.learn import keep
+
+    measured = [level for step, values in history.items() if (level := guardrail.of_metrics(step, values))]
+    published = [one.step for one in trained.published]
+    chosen = guardrail.nearest(measured, published, config.guardrail)
+    keep(trained, out, chosen)
+    out.metric("rl/step", chosen)
+    for name, value in history[chosen].items():
+        if name.startswith("guard/"):
+            out.metric(f"rl/{name.removeprefix('guard/')}", value)
+    out.reject(start.selected.rejected)
+    out.json(
+        "report",
+        {
+            "loss": config.loss.kind,
+            "steps": trained.steps,
+            "stopped": trained.stopped,
+            "chosen": chosen,
+            "published": published,
+            "scale": start.scale._asdict(),
+            "selection": start.selected.report,
+            "held_out": start.held_out.num_rows,
+            "guards": {str(step): _guards(history[step]) for step in sorted(history) if _guards(history[step])},
+            "first": history.get(1, {}),
+            "last": dict(trained.metrics),
+        },
+    )
+    kept = start.selected.prompts.num_rows
+    out.account("prompt", rows_in=kept + start.selected.rejected.num_rows, rows_out=kept)
+
+
+def _guards(values: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("guard/"): value for name, value in values.items() if name.startswith("guard/")}
+
+
+STAGE = Stage(
+    name="rl",
+    phase="herding",
+    paper="Sec. 2.4.3, eq. 8, Sec. 3.5.2-3.5.6",
+    inputs={
+        "policy": Input("dpo", "model"),
+        "prompts": Input("constrain", "prompts"),
+        "characters": Input("ingest", "characters"),
+        "reward": Input("preference-pointwise", "model"),
+        "pairwise": Input("preference-pairwise", "model"),
+    },
+    outputs={"model": "checkpoint", "steps": "checkpoints", "report": "json"},
+    config=RlConfig,
+    run=run,
+    models=("reward.model",),
+    data=("models/card.j2", "style", "curation/weights"),
+    resources=Resources(cpus=2, gpus=8, memory_gib=24),
+)
