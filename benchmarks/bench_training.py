@@ -43,6 +43,16 @@ def main(quick: bool) -> Iterator[Report]:
             yield _report(kind, pairs, rows, quick)
 
 
+def _beside(kind: str, args: Mapping[str, str]) -> list[Contender]:
+    """What only one of the three can show: the start of Ray Train, and TRL's batches by length (SFT's rows alone have
+    the column that its sampler reads)."""
+    by_length = dict(args) | {"by_length": True}
+    return {
+        "reward": [Contender("ours on Ray Train", "benchmarks.bench_training:on_ray", dict(args), env=ALLOCATOR)],
+        "sft": [Contender("trl, by length", "benchmarks.bench_training:trl", by_length, env=ALLOCATOR)],
+    }.get(kind, [])
+
+
 def _report(kind: str, pairs: str, rows: int, quick: bool) -> Report:
     args = {"kind": kind, "pairs": pairs}
     report = compare(
@@ -51,16 +61,7 @@ def _report(kind: str, pairs: str, rows: int, quick: bool) -> Report:
         [
             Contender("ours", "benchmarks.bench_training:ours", args, env=ALLOCATOR),
             Contender("trl", "benchmarks.bench_training:trl", args, env=ALLOCATOR),
-            *(
-                []
-                if quick
-                else [
-                    Contender("ours on Ray Train", "benchmarks.bench_training:on_ray", args, env=ALLOCATOR),
-                    Contender(
-                        "trl, by length", "benchmarks.bench_training:trl", args | {"by_length": True}, env=ALLOCATOR
-                    ),
-                ][kind != "reward" :]
-            ),
+            *(() if quick else _beside(kind, args)),
         ],
         repeats=1 if quick else 3,
         unit="rows",

@@ -26,8 +26,7 @@ def airflow(browser: Browser, at: Endpoints) -> None:
     page.keyboard.press("Enter")
     page.wait_for_url(lambda url: "login" not in url)
     page.goto(f"{at.airflow}/dags/character_flywheel", wait_until="domcontentloaded")
-    page.get_by_text("promote").first.wait_for()
-    page.wait_for_timeout(4_000)
+    page.wait_for_timeout(12_000)
     page.screenshot(path=HERE / "airflow.png")
 
 

@@ -32,7 +32,7 @@ from flywheel_tasks.services import state_dir, user_key
 
 PROFILE = "demo"
 WEEKLY, DAILY = "character_flywheel", "ab_readout"
-USERS, DAYS, SEED = 80, 7, 17
+USERS, DAYS, SEED = 70, 7, 17
 INTERNAL = 0.35
 """Share of the traffic that is staff's: enough that the gate can compare user and internal prompts."""
 A_DAY = 0.5

@@ -23,14 +23,20 @@ if TYPE_CHECKING:
     from flywheel_tasks.models.engine import Engine
 
 
-class ServingConfig(StageConfig):
-    """How a stage's own checkpoints are served to be looked at. Right ones of SmolLM2 differed by 0.07 in the mean and
-    0.4 at most in bfloat16, on sentences that the model finds unlikely; a head that missed one update by 3.8."""
+class RoundingConfig(StageConfig):
+    """How far an engine may be from the trainer of what it serves. Right checkpoints of SmolLM2 differed by 0.07 in the
+    mean and 0.4 at most in bfloat16, on sentences that the model finds unlikely; a head that missed one update by
+    3.8."""
+
+    most: float = Field(1.0, gt=0, description="largest difference of one token's logprob that is still rounding")
+    mean: float = Field(0.12, gt=0, description="largest mean difference that is still rounding")
+
+
+class ServingConfig(RoundingConfig):
+    """How a stage's own checkpoints are served to be looked at."""
 
     engine: EngineConfig = EngineConfig()
     tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs per engine replica")
-    most: float = Field(1.0, gt=0, description="largest difference of one token's logprob that is still rounding")
-    mean: float = Field(0.12, gt=0, description="largest mean difference that is still rounding")
 
 
 class WatchConfig(StageConfig):
@@ -49,21 +55,29 @@ def prove(
 ) -> dict[str, Mapping[str, float]]:
     """Serve the model of step `last` and every earlier step that the stage hands out, hold each against its trainer,
     and let `then` use the engine while it is there. Returns the drift by step."""
+    return {str(step): prove_one(out, step, folder, config, then) for step, folder in _exports(out, last)}
+
+
+def prove_one(
+    out: Output,
+    step: int,
+    folder: Path,
+    config: ServingConfig,
+    then: Callable[[int, Engine], None] | None = None,
+) -> Mapping[str, float]:
+    """`prove` for the checkpoint in one folder: one start of an engine."""
     from flywheel_tasks.models import witness
     from flywheel_tasks.models.probe import ProbeConfig
 
-    bounds = ProbeConfig(most=config.most, mean=config.mean)
-    found: dict[str, Mapping[str, float]] = {}
-    for step, folder in _exports(out, last):
-        with serve(folder, config) as engine:
-            try:
-                found[str(step)] = witness.check(engine, folder, bounds).metrics()
-            except FlywheelError as error:
-                raise FlywheelError(f"checkpoint of step {step}: {error}") from error
-            if then is not None:
-                then(step, engine)
-        for name, value in found[str(step)].items():
-            out.metric(name, value, step=step)
+    with serve(folder, config) as engine:
+        try:
+            found = witness.check(engine, folder, ProbeConfig(most=config.most, mean=config.mean)).metrics()
+        except FlywheelError as error:
+            raise FlywheelError(f"checkpoint of step {step}: {error}") from error
+        if then is not None:
+            then(step, engine)
+    for name, value in found.items():
+        out.metric(name, value, step=step)
     return found
 
 

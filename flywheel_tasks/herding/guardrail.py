@@ -4,7 +4,8 @@ On held-out prompts the current policy's responses are set against those of the 
 pointwise and by the pairwise preference model (a tie is half a win), the mean KL, length, emoji, lists, entropy. A
 reward model is right about responses like those it learned from. A win-rate of some 60 % is as far as it can be
 trusted; the version that reached 70.7 % by it was the one that users left (V12). So the run ends at the ideal, and
-beyond the hard limit nothing is published: the higher of the two win-rates decides.
+no checkpoint at or beyond the hard limit, or that was not measured, is handed out. The higher of the two win-rates
+decides, and a judge that could read nothing ends the run like one that was won over.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Style(NamedTuple):
 
 
 class Guard(NamedTuple):
-    """The policy after `step` steps, beside the one it began as. A win-rate is None where that judge is absent."""
+    """The policy after `step` steps, beside the one it began as. A win-rate is None where that judge is absent, and not
+    a number where it read nothing."""
 
     step: int
     pointwise: WinRate | None
@@ -79,11 +81,13 @@ class Guard(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         """What is logged at this step."""
-        found: dict[str, float] = {"prompts": self.n, "win_rate": max(self.rates.values(), default=math.nan)}
+        known = self.rates and not _unread(self)
+        found: dict[str, float] = {"prompts": self.n, "win_rate": _highest(self) if known else math.nan}
         for name, rate in (("pointwise", self.pointwise), ("pairwise", self.pairwise)):
             if rate is not None:
                 found |= {
-                    f"win_rate_{name}": rate.rate, f"win_rate_{name}_low": rate.low, f"win_rate_{name}_high": rate.high
+                    f"n_{name}": rate.n, f"win_rate_{name}": rate.rate,
+                    f"win_rate_{name}_low": rate.low, f"win_rate_{name}_high": rate.high,
                 }  # fmt: skip
         found |= self.now._asdict() | {f"start_{name}": value for name, value in self.start._asdict().items()}
         found |= {name: value for name, value in (("kl", self.kl), ("entropy", self.entropy)) if value is not None}
@@ -184,9 +188,10 @@ def pairwise_rows(current: pa.Table, start: pa.Table, cards: Mapping[str, Card])
 
 
 def of_metrics(step: int, metrics: Mapping[str, float]) -> Level | None:
-    """What a step's logged metrics say of its measurement; None where none was taken."""
-    names = {judge: f"{PREFIX}win_rate_{judge}" for judge in _JUDGES}
-    rates = {judge: metrics[name] for judge, name in names.items() if name in metrics}
+    """What a step's logged metrics say of its measurement; None where none was taken. The win-rate of a judge that read
+    nothing is not a number, so it was not logged: the rows that it read were."""
+    judges = [judge for judge in _JUDGES if f"{PREFIX}n_{judge}" in metrics]
+    rates = {judge: metrics.get(f"{PREFIX}win_rate_{judge}", math.nan) for judge in judges}
     return Level(step, rates) if rates else None
 
 
@@ -195,8 +200,9 @@ def verdict(found: Guard | Level, config: GuardrailConfig) -> Verdict:
 
     A win-rate that is not a number stops the run: what can't be measured can't be guarded.
     """
-    if not found.rates or not all(math.isfinite(rate) for rate in found.rates.values()):
-        return Verdict("hard", f"hard stop at step {found.step}: no win-rate over the start could be measured")
+    if not found.rates or _unread(found):
+        judges = "".join(f" ({name} read no response)" for name in _unread(found))
+        return Verdict("hard", f"hard stop at step {found.step}: no win-rate over the start could be measured{judges}")
     rate, shown = _highest(found), ", ".join(f"{name} {rate:.3f}" for name, rate in found.rates.items())
     if rate >= config.hard:
         return Verdict(
@@ -212,25 +218,34 @@ def verdict(found: Guard | Level, config: GuardrailConfig) -> Verdict:
 def nearest(guards: Sequence[Guard | Level], published: Sequence[int], config: GuardrailConfig) -> int:
     """The step of the published checkpoint whose win-rate is nearest to the ideal; of equals the earlier. A checkpoint
     at or above the hard limit, or one that was not measured, is never chosen."""
-    known = {found.step: _highest(found) for found in guards if verdict(found, config).level != "hard"}
-    fit = sorted(set(known) & set(published))
-    if not fit:
+    known = trusted(guards, published, config)
+    if not known:
         raise FlywheelError(
             f"no published checkpoint (steps {', '.join(map(str, published)) or 'none'}) is below the hard limit of "
             f"{config.hard:g}: the policy runs away from its start; lower rl.train.learning_rate, raise the KL weight, "
             "or measure more often (rl.guardrail.every)"
         )
-    return min(fit, key=lambda step: (round(abs(known[step] - config.ideal), 12), step))
+    return min(known, key=lambda step: (round(abs(known[step] - config.ideal), 12), step))
+
+
+def trusted(guards: Sequence[Guard | Level], published: Sequence[int], config: GuardrailConfig) -> dict[int, float]:
+    """Step and win-rate of the published checkpoints that may be handed out: those measured below the hard limit."""
+    found = {found.step: _highest(found) for found in guards if verdict(found, config).level != "hard"}
+    return {step: found[step] for step in sorted(set(found) & set(published))}
 
 
 def _highest(found: Guard | Level) -> float:
     return max(found.rates.values())
 
 
-def _rate(outcome: Floats, current: pa.Table, config: GuardrailConfig, seed: int) -> WinRate | None:
+def _unread(found: Guard | Level) -> list[str]:
+    return [name for name, rate in found.rates.items() if not math.isfinite(rate)]
+
+
+def _rate(outcome: Floats, current: pa.Table, config: GuardrailConfig, seed: int) -> WinRate:
     known = np.isfinite(outcome)
     if not known.any():
-        return None
+        return WinRate(math.nan, math.nan, math.nan, 0, 0, 0, 0, 0)
     characters = np.asarray(current["character_id"].to_pylist(), object)[known]
     return win_rate(outcome[known], characters.tolist(), alpha=config.alpha, draws=config.draws, seed=seed)
 

@@ -1,11 +1,12 @@
 """Which prompts RL learns from (Sec. 2.4.3, 3.5.2, 3.5.4, 3.5.6).
 
 Near-policy prompts of this cycle only; the assistant's turns in their histories are cleaned, because a policy mimics
-the turns before it whatever the reward says; and of what is left the prompts whose k responses differ most in reward
-come first. A low mean reward is offered as a measure too, so that its bias can be seen: it follows the length of a
-conversation and its style, not how hard the prompt is.
+the turns before it whatever the reward says; and of what is left the prompts whose k responses differ most in the
+preference model's score come first. Penalties are no part of it: a prompt whose responses run into the token limit is
+not harder for it. A low mean score is offered as a measure too, so that its bias can be seen: it follows the length of
+a conversation and its style, not how hard the prompt is.
 
-A prompt on which every response earns the same teaches nothing, and is left out in either case.
+A prompt on which every response earns the same, penalties and all, teaches nothing, and is left out in either case.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.prompts import at_most, near_policy
 from flywheel_tasks.core.quarantine import quarantined, without
+from flywheel_tasks.herding.reward import Rewards
 from flywheel_tasks.stats import difficulty
 from flywheel_tasks.style import linter
 from flywheel_tasks.style.linter import Language
@@ -41,7 +43,8 @@ class SelectionConfig(StageConfig):
 
     by: Literal["variance", "mean"] = Field(
         "variance",
-        description="highest variance of the reward within a prompt; or lowest mean, which follows style (Sec. 3.5.4)",
+        description="highest variance of the preference model's score within a prompt; or its lowest mean, which "
+        "follows style (Sec. 3.5.4)",
     )
     share: float = Field(0.5, gt=0, le=1, description="share of the scored prompts that is kept, the hardest first")
     most: int | None = Field(None, ge=1, description="prompts that are kept at most (empty: the whole share)")
@@ -97,8 +100,11 @@ def candidates(
     return Candidates(cleaned.table, pa.concat_tables(rejected), style, learn.num_rows)
 
 
-def held_out(prompts: pa.Table, forgotten: Iterable[str], config: SelectionConfig, *, most: int) -> pa.Table:
-    """Evaluation prompts for the guardrails, with histories as users have them, in the order of the table.
+def held_out(
+    prompts: pa.Table, forgotten: Iterable[str], config: SelectionConfig, *, most: int
+) -> tuple[pa.Table, int]:
+    """Evaluation prompts for the guardrails, with histories as users have them, in the order of the table; and of how
+    many they are.
 
     `respond` takes the lowest hashes of these, the guardrails the highest: as long as there are enough of both, the
     checkpoint is not chosen on the prompts that it is judged by.
@@ -112,19 +118,25 @@ def held_out(prompts: pa.Table, forgotten: Iterable[str], config: SelectionConfi
         )
     ranks = [hashlib.sha256(prompt.encode()).digest() for prompt in near["prompt_id"].to_pylist()]
     order = sorted(range(near.num_rows), key=ranks.__getitem__, reverse=True)
-    return near.take(pa.array(sorted(order[:most]), pa.int64())).combine_chunks()
+    return near.take(pa.array(sorted(order[:most]), pa.int64())).combine_chunks(), near.num_rows
 
 
-def select(found: Candidates, completions: pa.Table, values: Floats, config: SelectionConfig) -> Selected:
-    """The hardest prompts by the rewards of their responses. `values` is the reward of each row of `completions`
-    (schema `completion`, k rows a prompt); NaN is no reward."""
-    if completions.num_rows != len(values):
-        raise InputError(f"{completions.num_rows} responses, but {len(values)} rewards")
+def select(found: Candidates, completions: pa.Table, rewards: Rewards, config: SelectionConfig) -> Selected:
+    """The hardest prompts by what the preference model says of their responses. `rewards` are those of the rows of
+    `completions` (schema `completion`, k rows a prompt); NaN is no reward. Their total, penalties and all, decides only
+    whether there is anything to learn."""
+    if completions.num_rows != len(rewards.total):
+        raise InputError(f"{completions.num_rows} responses, but {len(rewards.total)} rewards")
     prompts = found.prompts
-    scored = difficulty.by_prompt(completions["prompt_id"], pa.chunked_array([pa.array(values, pa.float64())]))
-    responses, mean, variance = _aligned(prompts, scored)
+    preference = np.where(np.isfinite(rewards.total), rewards.components["preference"], np.nan)
+    totals, scored = (
+        difficulty.by_prompt(completions["prompt_id"], pa.chunked_array([pa.array(values, pa.float64())]))
+        for values in (rewards.total, preference)
+    )
+    responses, _, earned = _aligned(prompts, totals)
+    _, mean, variance = _aligned(prompts, scored)
     reason = np.full(prompts.num_rows, "", object)
-    reason[~(variance > 0)] = "no_variance"
+    reason[~(earned > 0)] = "no_variance"
     reason[responses == 1] = "one_score"
     reason[responses == 0] = "no_response"
     usable = np.flatnonzero(reason == "")

@@ -110,26 +110,26 @@ def _words(name: str) -> str:
 # -- the preference model
 
 
-def preference_scorer(path: str | Path, *, max_tokens: int | None = None, budget: int = 4096) -> Scorer:
+def preference_scorer(path: str | Path) -> Scorer:
     """The pointwise preference model in that folder, ready to score texts.
 
     It reads texts, not the policy's tokens: its own tokenizer and template encode them again, so the two may differ.
     """
-    return _scorer(path, "pointwise", max_tokens, budget)
+    return _scorer(path, "pointwise")
 
 
-def pairwise_scorer(path: str | Path, *, max_tokens: int | None = None, budget: int = 4096) -> Scorer:
+def pairwise_scorer(path: str | Path) -> Scorer:
     """The pairwise preference model in that folder: the guardrail's second judge."""
-    return _scorer(path, "pairwise", max_tokens, budget)
+    return _scorer(path, "pairwise")
 
 
-def _scorer(path: str | Path, kind: str, max_tokens: int | None, budget: int) -> Scorer:
+def _scorer(path: str | Path, kind: str) -> Scorer:
     from flywheel_tasks.models.resolve import local_folder
     from flywheel_tasks.models.score import Scorer
 
     folder = local_folder(str(path))
     refuse_other_heads(folder, kind)
-    scorer = Scorer(folder, max_tokens=max_tokens, budget=budget)
+    scorer = Scorer(folder)
     rows, tokens = scorer.model.model.get_input_embeddings().num_embeddings, len(scorer.template.tokenizer)
     if tokens > rows:
         raise InputError(
@@ -228,18 +228,6 @@ def means(rewards: Rewards) -> dict[str, float]:
     known = np.isfinite(rewards.total)
     columns = {"total": rewards.total, **rewards.components}
     return {f"reward/{name}": float(values[known].mean()) for name, values in columns.items() if known.any()}
-
-
-def scored(completions: pa.Table, rewards: Rewards, raw: Floats | None = None) -> pa.Table:
-    """The completions with their rewards, one score for each component."""
-    columns = {"reward_total": rewards.total, **({} if raw is None else {"reward_raw": raw})}
-    columns |= {f"reward_{name}": values for name, values in rewards.components.items()}
-    listed = [
-        [{"name": name, "value": float(values[row])} for name, values in columns.items() if np.isfinite(values[row])]
-        for row in range(completions.num_rows)
-    ]
-    field = schemas.COMPLETION.field("scores")
-    return completions.set_column(completions.schema.get_field_index("scores"), field, pa.array(listed, field.type))
 
 
 def _long(tokens: Floats, unfinished: NDArray[np.bool_], start: float, limit: int) -> Floats:

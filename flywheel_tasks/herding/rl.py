@@ -10,6 +10,7 @@ from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.herding.rl_config import RlConfig
 
 if TYPE_CHECKING:
+    from flywheel_tasks.herding.guardrail import GuardrailConfig
     from flywheel_tasks.herding.rl_start import Start
     from flywheel_tasks.training.run import Trained
 
@@ -21,12 +22,14 @@ def run(inputs: Inputs, config: RlConfig, out: Output) -> None:
     """Learn from the policy's own responses to this cycle's prompts: several for each, rewarded by the pointwise
     preference model less penalties, by GRPO (eq. 8) or online DPO. Prompts whose responses differ most come first.
     While it climbs, both preference models compare it with the policy it started as on held-out prompts; the
-    checkpoint nearest the ideal win-rate is the output, and a policy past the hard limit ends the run."""
+    checkpoint nearest the ideal win-rate is the output, and a policy past the hard limit ends the run. The output is
+    served once and held against its trainer."""
     from flywheel_tasks.herding import rl_start
-    from flywheel_tasks.herding.rl_remote import rollouts
+    from flywheel_tasks.herding.rl_remote import reachable, rollouts
 
     setup = rl_start.setup(inputs, config, out.seed)
     with rollouts(setup, gpus=config.rollout_gpus, deadline_s=config.placement.deadline_s) as far:
+        reachable(far, config.placement)
         start = rl_start.prepare(far, inputs, config, out)
         trained, history = _train(far, setup.policy.path, start, config, out)
     _finish(trained, history, start, config, out)
@@ -77,14 +80,11 @@ def _train(
 
 
 def _finish(trained: Trained, history: History, start: Start, config: RlConfig, out: Output) -> None:
-    """The checkpoint nearest the ideal becomes the model, the others its steps."""
-    from flywheel_tasks.herding import guardrail
-    from flywheel_tasks.training.learn import keep
+    from flywheel_tasks.herding import exported
+    from flywheel_tasks.training.learn import MODEL
 
-    measured = [level for step, values in history.items() if (level := guardrail.of_metrics(step, values))]
-    published = [one.step for one in trained.published]
-    chosen = guardrail.nearest(measured, published, config.guardrail)
-    keep(trained, out, chosen)
+    chosen, kept = hand_out(trained, history, config.guardrail, out)
+    served = exported.prove_one(out, chosen, out.folder(MODEL), config.serving)
     out.metric("rl/step", chosen)
     for name, value in history[chosen].items():
         if name.startswith("guard/"):
@@ -97,17 +97,33 @@ def _finish(trained: Trained, history: History, start: Start, config: RlConfig, 
             "steps": trained.steps,
             "stopped": trained.stopped,
             "chosen": chosen,
-            "published": published,
+            "kept": kept,
+            "served": {str(chosen): served},
             "scale": start.scale._asdict(),
             "selection": start.selected.report,
-            "held_out": start.held_out.num_rows,
+            "held_out": {"prompts": start.held_out.num_rows, "share": start.held_out.num_rows / start.held_out_of},
             "guards": {str(step): _guards(history[step]) for step in sorted(history) if _guards(history[step])},
             "first": history.get(1, {}),
             "last": dict(trained.metrics),
         },
     )
-    kept = start.selected.prompts.num_rows
-    out.account("prompt", rows_in=kept + start.selected.rejected.num_rows, rows_out=kept)
+    learnt = start.selected.prompts.num_rows
+    out.account("prompt", rows_in=learnt + start.selected.rejected.num_rows, rows_out=learnt)
+
+
+def hand_out(trained: Trained, history: History, config: GuardrailConfig, out: Output) -> tuple[int, list[int]]:
+    """The checkpoint nearest the ideal becomes the model, the others that the judges can be trusted with its steps.
+    Returns both. A killed attempt may have published beyond the last state that it saved: these are no part of the
+    run."""
+    from flywheel_tasks.herding import guardrail
+    from flywheel_tasks.training.learn import keep
+
+    measured = [level for step, values in history.items() if (level := guardrail.of_metrics(step, values))]
+    published = [one.step for one in trained.published if one.step <= trained.steps]
+    chosen = guardrail.nearest(measured, published, config)
+    kept = list(guardrail.trusted(measured, published, config))
+    keep(trained, out, chosen, kept)
+    return chosen, kept
 
 
 def _guards(values: dict[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from flywheel_tasks.core.config import Operational, StageConfig
 from flywheel_tasks.curation.language import LanguageConfig
+from flywheel_tasks.herding.exported import RoundingConfig, ServingConfig
 from flywheel_tasks.herding.guardrail import GuardrailConfig
 from flywheel_tasks.herding.prompt_selection import SelectionConfig
 from flywheel_tasks.herding.reward import RewardConfig, without_signals
@@ -39,6 +40,10 @@ class RlConfig(LearnConfig):
     selection: SelectionConfig = Field(SelectionConfig(), description="which prompts are learnt from")
     guardrail: GuardrailConfig = Field(GuardrailConfig(), description="when the policy is good enough, or too good")
     drift: DriftConfig = Field(DriftConfig(), description="the logprob probe after every weight sync")
+    exported: RoundingConfig = Field(
+        RoundingConfig(), description="the output served once and held against its trainer",
+        json_schema_extra=Operational,
+    )  # fmt: skip
     language: LanguageConfig = Field(LanguageConfig(), description="how the language of a text is told")
     ahead: bool = Field(
         False, description="generate the next batch while learning on this one: one step off-policy, corrected"
@@ -94,6 +99,12 @@ class RlConfig(LearnConfig):
     @property
     def save_every(self) -> int:
         return self.placement.save_every
+
+    @property
+    def serving(self) -> ServingConfig:
+        """The output is served as its rollouts were, by one engine."""
+        engine = self.engine.model_copy(update={"replicas": 1})
+        return ServingConfig(engine=engine, tensor_parallel=self.tensor_parallel, **self.exported.model_dump())
 
     def training(self, prompts: int) -> TrainingConfig:
         """As the loop is told: so many passes over the prompts, at most `steps`, and a model at every measurement."""

@@ -5,6 +5,7 @@ All of them run in the learners. The first learner alone speaks to the rollouts;
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -15,8 +16,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.herding import guardrail
 from flywheel_tasks.herding.guardrail import GuardrailConfig
+from flywheel_tasks.herding.rollouts import OTHER_MACHINE, Rollouts
 from flywheel_tasks.models.checkpoint import merged_weights
 from flywheel_tasks.models.probe import ProbeConfig, probe
 from flywheel_tasks.models.sync import SharedWeights
@@ -97,9 +100,9 @@ class Sync:
     def after_step(self, at: After) -> Stop | Values | None:
         """`seconds/step` goes from the end of one hand-over to the end of the next."""
         told: dict[str, float] = {"seconds/learn": at.metrics["step_s"]}
-        if at.rank == 0 and at.step % self._updates == 0:
-            told |= self._rollouts.ask("told", at.step)
         if (at.step + 1) % self._updates == 0:
+            if at.rank == 0:  # only now: the answer waits for the rollout that is made beside these updates
+                told |= self._rollouts.ask("told", at.step + 1 - self._updates)
             told |= self._hand_over(at.module)
         now = time.monotonic()
         told["seconds/step"], self._ended = now - self._ended, now
@@ -151,9 +154,6 @@ class Watch:
             config=self._config,
             seed=self._seed,
         )  # fmt: skip
-        found = guardrail.verdict(guard, self._config)
-        if found.level != "go" and not guard.rates:
-            return Stop(found.reason)  # nothing that could be logged says so
         return guard.metrics() | {"seconds/guard": time.monotonic() - began}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -180,6 +180,18 @@ class Halt:
         return {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+def reach(rollouts: Asked) -> None:
+    """Whether the engines can read what this process puts into shared memory: a few bytes as weights will go."""
+    nonce = torch.from_numpy(np.frombuffer(secrets.token_bytes(32), np.uint8).copy())
+    shared = SharedWeights()
+    path = shared.write({"nonce": nonce})
+    try:
+        if rollouts.ask("digest", path) != Rollouts.digest(path):
+            raise FlywheelError(OTHER_MACHINE)
+    finally:
+        shared.close()
 
 
 class Logprobs:

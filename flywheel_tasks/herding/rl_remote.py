@@ -12,6 +12,7 @@ from flywheel_tasks.compute import session
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.herding.rollouts import Rollouts, Setup
 from flywheel_tasks.models.memory import ENVIRONMENT
+from flywheel_tasks.training.config import PlacementConfig
 
 _SPARE = 0.9
 """The share of a learner's deadline that it waits for rollouts: its own end says less than this error."""
@@ -98,6 +99,30 @@ def rollouts(setup: Setup, *, gpus: float, deadline_s: float) -> Iterator[Far]:
         yield Far(actor, _SPARE * deadline_s)
     finally:
         ray.kill(actor, no_restart=True)
+
+
+def reachable(far: Far, placement: PlacementConfig) -> None:
+    """On a cluster, before anything is generated: that a process placed as the learners will be shares memory with the
+    engines. One machine has nothing to ask."""
+    ray = session.ensure()
+    if sum(node["Alive"] for node in ray.nodes()) > 1:
+        ask_as_learner(far, placement)
+
+
+def ask_as_learner(far: Far, placement: PlacementConfig) -> None:
+    from flywheel_tasks.herding.rl_hooks import reach
+
+    ray = session.ensure()
+    learner = ray.remote(reach).options(num_cpus=placement.cpus or 1, num_gpus=placement.gpus, max_retries=0)
+    try:
+        ray.get(learner.remote(far), timeout=placement.deadline_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise FlywheelError(
+            f"the cluster found no place for a learner in {placement.deadline_s:.0f} s: rl.placement asks for "
+            f"{placement.gpus:g} GPUs and {placement.cpus or 1:g} cores each"
+        ) from error
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, FlywheelError) else error) from None
 
 
 class _Process(Rollouts):

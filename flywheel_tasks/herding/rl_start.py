@@ -36,6 +36,8 @@ class Start:
     selected: Selected
     scale: Scale
     held_out: pa.Table
+    held_out_of: int
+    """All held-out prompts near the policy, of which these are the guardrails'."""
     responses: Drawn
     """The first policy's responses to the held-out prompts."""
 
@@ -73,11 +75,11 @@ def prepare(far: Asked, inputs: Inputs, config: RlConfig, out: Output) -> Start:
     completions, raw = _scored(far, found.prompts, config.sampling.k, "candidates", out)
     scale = reward.scale_of(completions["prompt_id"], raw)
     rewards = reward.reward(completions, raw, config.reward, scale, limit=config.sampling.max_tokens, language=language)
-    selected = prompt_selection.select(found, completions, rewards.total, config.selection)
-    held_out = prompt_selection.held_out(prompts, inputs.forgotten, config.selection, most=config.guardrail.prompts)
+    selected = prompt_selection.select(found, completions, rewards, config.selection)
+    held_out, of = prompt_selection.held_out(prompts, inputs.forgotten, config.selection, most=config.guardrail.prompts)
     far.ask("load", selected.prompts, scale)
     start, scores = _scored(far, held_out, 1, "held-out", out)
-    return Start(selected, scale, held_out, Drawn(start, scores, [], []))
+    return Start(selected, scale, held_out, of, Drawn(start, scores, [], []))
 
 
 def _scored(far: Asked, prompts: pa.Table, k: int, name: str, out: Output) -> tuple[pa.Table, Floats]:

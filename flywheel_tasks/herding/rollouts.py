@@ -7,12 +7,14 @@ log-probabilities (π_gen) and its reward. The learner reaches it as a Ray actor
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,11 @@ from flywheel_tasks.training import rl
 POLICY = "policy"
 _LOOKED_AT = 64
 _KEPT = 4
-"""Steps whose metrics are remembered: with overlap one more than the learner has asked for."""
+"""Rollouts whose metrics are remembered: with overlap one more than the learner has asked for."""
+OTHER_MACHINE = (
+    "the learner's weights are not on the engines' machine: rl hands them over through shared memory, so the learners "
+    "and the rollouts must be on one node"
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,14 @@ class Rollouts:
         found = [generate.encoded(self._encode, row, refused) for row in self._prompts.slice(0, _LOOKED_AT).to_pylist()]
         return sorted(filter(None, found), key=lambda ids: (len(ids) <= BLOCK_TOKENS, len(ids)))[:count]
 
+    @staticmethod
+    def digest(path: str) -> str | None:
+        """What this machine holds under that path; None where it holds nothing."""
+        try:
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError:
+            return None
+
     # -- what the learner asks
 
     def batch(self, step: int, cursor: int) -> tuple[pa.Table, int]:
@@ -160,8 +174,9 @@ class Rollouts:
             rewards = self._rewards(drawn)
             parts.append((drawn, rewards))
             rows += self._groups(drawn, rewards.total, cursor, counts)
+        self._told.pop(step, None)  # done again after a resume, it is the newest
         self._told[step] = self._metrics(parts, counts, seconds)
-        for old in [known for known in self._told if known <= step - _KEPT]:
+        for old in list(self._told)[:-_KEPT]:
             del self._told[old]
         return pa.Table.from_pylist(rows, rl.ROWS), cursor
 
@@ -171,6 +186,8 @@ class Rollouts:
 
     def serve(self, path: str) -> float:
         """Serve the weights in this file from now on; the prefix cache is emptied. Returns the seconds it took."""
+        if not Path(path).exists():
+            raise FlywheelError(OTHER_MACHINE)
         return self._engine.update(path)
 
     def draw(self, requests: Sequence[Request], sampling: Sampling, replica: int | None = None) -> list[Completion]:

@@ -5,8 +5,9 @@ packed copy of its own. vLLM's reload packs the layers again but leaves that hea
 a warning, so `WeightSync` packs it as well. Loading goes through the model's own `load_weights`, so fused and sharded
 layers of any architecture are right.
 
-On one machine weights travel as one safetensors file in shared memory. On GPUs they go from device to device by
-vLLM's NCCL weight transfer (`Transfer`).
+Weights travel as one safetensors file in shared memory (`SharedWeights`), so whoever writes them is on the engines'
+machine, on GPUs as on CPU: this is how the stage `rl` hands them over. `Transfer` sends them from device to device by
+vLLM's NCCL weight transfer, across machines too; `rl` does not use it yet.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class SharedWeights:
 
 class Transfer:
     """Weights from the learner's GPU to the engines' by NCCL, without a file (vLLM's own weight transfer).
+
+    No stage uses it yet: it drives the engines from the learner's process, and those of `rl` are behind a Ray actor.
 
     `engine` was opened on GPUs. One learner process, rank 0, sends, between rounds. An engine that is replaced starts
     from its file again and needs another `send`; the probe tells."""

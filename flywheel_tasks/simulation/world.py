@@ -30,7 +30,9 @@ LOGS = "logs"
 TRUTH = "truth.json"
 ENGINE = EngineConfig(context=2048, cache_gib=2.0)
 DOUBTS = ("precision", "reward_model", "safety_ceiling")
-"""Rules of the gate that hold because little was measured; the others hold because something got worse."""
+"""Rules of the gate that hold because little was measured."""
+CHANGES = ("false_refusal", "benchmark")
+"""Those that hold because something got worse, or because few answers can't rule it out: a measured rise tells."""
 
 
 def chat_with(
@@ -112,7 +114,9 @@ def unanswered(exports: Path, deliveries: Path) -> list[str]:
 def review(rules: Sequence[Mapping[str, Any]]) -> tuple[Literal["Approve", "Reject"], str]:
     """A reviewer's answer to a HOLD, and why: little evidence is what an A/B test is for, a measured fall is not."""
     held = [rule for rule in rules if rule["verdict"] == "HOLD"]
-    worse = [rule for rule in held if rule["rule"] not in DOUBTS]
+    worse = [
+        rule for rule in held if rule["rule"] not in DOUBTS and not (rule["rule"] in CHANGES and rule["value"] <= 0)
+    ]
     if worse:
         return "Reject", f"simulated reviewer: something moved the wrong way: {worse[0]['reason']}"
     named = ", ".join(sorted({str(rule["rule"]) for rule in held}))

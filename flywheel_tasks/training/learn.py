@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,15 @@ def fit(task: Task, tables: Iterable[pa.Table], config: LearnConfig, out: Output
     return rows.rows, train(task, rows, config.train, config.placement, seed=out.seed, folder=folder, on_metrics=log)
 
 
-def keep(trained: Trained, out: Output, step: int | None = None) -> None:
-    """Hand the model of `step` (the last one unless told) to the stage's output, and the others as its steps."""
-    chosen = trained.published[-1].step if step is None else step
+def keep(trained: Trained, out: Output, step: int | None = None, steps: Collection[int] | None = None) -> None:
+    """Hand the model of `step` (the last one unless told) to the stage's output, and the others as its steps, or those
+    of them that `steps` names."""
+    published = [one.step for one in trained.published]
+    chosen = published[-1] if step is None else step
     trained.fetch(out.folder(MODEL), chosen)
-    for published in trained.published:
-        if published.step != chosen:
-            trained.fetch(_made(out.folder(STEPS) / f"step-{published.step:06d}"), published.step)
+    for other in published:
+        if other != chosen and (steps is None or other in steps):
+            trained.fetch(_made(out.folder(STEPS) / f"step-{other:06d}"), other)
 
 
 def _made(folder: Path) -> Path:

@@ -133,9 +133,11 @@ def grpo(
     return -surrogate + beta * kl(logprob, reference, estimator) if beta else -surrogate
 
 
-def clipped_share(logprob: Tensor, old: Tensor, advantage: Tensor, *, clip: float, clip_high: float | None) -> Tensor:
+def clipped_share(
+    logprob: Tensor, old: Tensor, advantage: Tensor, row: Tensor, *, clip: float, clip_high: float | None, level: Level
+) -> Tensor:
     """Per token: 1 where the clip of eq. 8 has cut the gradient off."""
-    ratio = (logprob - old).exp()
+    ratio = ratios(logprob, old, row, level)
     low, high = ratio < 1 - clip, ratio > 1 + (clip if clip_high is None else clip_high)
     return torch.where(advantage < 0, low, high).to(logprob.dtype)
 

@@ -170,9 +170,12 @@ def grpo_loss(config: GrpoConfig, temperature: float, module: nn.Module, table: 
     tokens = float(len(now))
     with torch.no_grad():
         weight = losses.ratios(old, gen, row, config.level)
+        clipped = losses.clipped_share(
+            now, old, advantage, row, clip=config.clip, clip_high=config.clip_high, level=config.level
+        )
         sums = {
             "entropy": found.entropy.sum(),
-            "clipped": losses.clipped_share(now, old, advantage, clip=config.clip, clip_high=config.clip_high).sum(),
+            "clipped": clipped.sum(),
             "weight": weight.clamp(max=config.cap).sum(),
             "weight/capped": (weight > config.cap).sum(),
             "gap": (old - gen).abs().sum(),

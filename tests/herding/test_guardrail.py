@@ -114,6 +114,24 @@ def test_what_no_judge_could_read_is_a_hard_stop() -> None:
     assert verdict(level(7, 0.5, math.nan), CONFIG).level == "hard"
 
 
+@pytest.mark.parametrize("blind", ["pointwise", "pairwise"])
+def test_a_judge_that_was_given_and_read_nothing_is_not_an_absent_one(blind: str) -> None:
+    """The other one saw a policy that is no better: without the blind one the run would go on."""
+    nan, equal = np.full(3, np.nan), np.full(3, 0.5)
+    points, pair = (nan, equal) if blind == "pointwise" else (equal, nan)
+    now, start = said(["a"] * 3), said(["b"] * 3)
+    found = measure(7, now, start, pointwise=(points, points), pairwise=pair, config=CONFIG)
+    logged = found.metrics()
+    assert {name: logged[f"guard/n_{name}"] for name in found.rates} == {"pointwise": 3, "pairwise": 3} | {blind: 0}
+    assert "guard/win_rate" not in logged
+    again = of_metrics(7, json.loads(json.dumps(logged)))
+    assert again is not None
+    for seen in (found, again):
+        assert verdict(seen, CONFIG).level == "hard"
+        assert f"{blind} read no response" in verdict(seen, CONFIG).reason
+        assert guardrail.trusted([seen, level(8, 0.55)], [7, 8], CONFIG) == {8: 0.55}
+
+
 # -- decisions
 
 

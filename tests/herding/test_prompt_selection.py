@@ -15,17 +15,20 @@ from hypothesis import strategies as st
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.herding.prompt_selection import Candidates, Selected, SelectionConfig, candidates, held_out, select
+from flywheel_tasks.herding.reward import Rewards
 from tests.herding.rl_tables import completions, prompts, turns
 
 K = 4
 
 
-def answered(found: Candidates, values: dict[str, list[float]]) -> tuple[pa.Table, np.ndarray]:
-    """k responses to each prompt of `values`, with these rewards."""
+def answered(found: Candidates, values: dict[str, list[float]], total: Any = None) -> tuple[pa.Table, Rewards]:
+    """k responses to each prompt of `values` with these scores, which are their rewards too unless `total` is given."""
     ids = found.prompts["prompt_id"].to_pylist()
     rows = [{"prompt_id": name, "sample": n} for name in ids for n in range(len(values.get(name, [])))]
-    rewards = [value for name in ids for value in values.get(name, [])]
-    return completions(rows), np.array(rewards, float)
+    scores, rewards = (
+        np.array([value for name in ids for value in given.get(name, [])], float) for given in (values, total or values)
+    )
+    return completions(rows), Rewards(rewards, {"preference": scores})
 
 
 def selected(rows: list[dict[str, Any]], values: list[list[float]], **config: Any) -> Selected:
@@ -45,6 +48,20 @@ def test_prompts_on_which_the_responses_differ_most_come_first() -> None:
     assert found.prompts.schema == schemas.PROMPT
 
 
+@pytest.mark.parametrize("by", ["variance", "mean"])
+def test_the_preference_model_ranks_and_penalties_only_leave_out_what_teaches_nothing(by: str) -> None:
+    """p0 has the widest rewards, because half its responses ran into the limit; p2's penalties make up for its scores;
+    p3's responses score alike, but one failed."""
+    found = candidates(prompts([{}] * 4), (), SelectionConfig(), seed=0)
+    scores: dict[str, list[float]] = {"p0": [5, 6], "p1": [0, 4], "p2": [-9, 9], "p3": [7, 7]}
+    total: dict[str, list[float]] = {"p0": [5, -90], "p1": [0, 4], "p2": [-9, -9], "p3": [7, 5]}
+    config = SelectionConfig.model_validate({"by": by, "share": 1.0})
+    chosen = select(found, *answered(found, scores, total), config)
+    assert chosen.prompts["prompt_id"].to_pylist() == ["p1", "p0", "p3"]
+    assert reasons(chosen.rejected) == {"p2": "no_variance"}
+    assert chosen.report["variance"]["usable"][-1] == 8
+
+
 def test_what_may_not_be_learned_from_is_refused_with_its_reason() -> None:
     """Held out, another version's, of a forgotten user, with a history that the linter drops; k of 1, no answer."""
     refusal = turns("Hi", "I'm sorry, but I can't assist with that.", "Why?")
@@ -53,8 +70,8 @@ def test_what_may_not_be_learned_from_is_refused_with_its_reason() -> None:
                  {"near_policy": False, "source": "internal"}, {}, {}]),
         {"gone"}, SelectionConfig(), seed=0,
     )  # fmt: skip
-    table, values = answered(found, {"p0": [1, 2], "p5": [1], "p6": [np.nan, np.nan]})
-    chosen = select(found, table, values, SelectionConfig())
+    table, rewards = answered(found, {"p0": [1, 2], "p5": [1], "p6": [np.nan, np.nan]})
+    chosen = select(found, table, rewards, SelectionConfig())
     assert chosen.prompts["prompt_id"].to_pylist() == ["p0"]
     told = reasons(chosen.rejected)
     assert told.pop("p4").startswith("style_")
@@ -212,7 +229,9 @@ def test_held_out_prompts_are_never_trained_on_and_keep_their_histories() -> Non
     ]
     rows += [{"split": "eval", "near_policy": False}, {"split": "eval", "user": "gone"}]
     config = SelectionConfig()
-    outside = held_out(prompts(rows), {"gone"}, config, most=100)
+    outside, of = held_out(prompts(rows), {"gone"}, config, most=100)
+    assert of == outside.num_rows == 10
+    assert held_out(prompts(rows), {"gone"}, config, most=3)[1] == 10
     inside = candidates(prompts(rows), {"gone"}, config, seed=0).prompts
     assert set(outside["prompt_id"].to_pylist()) == {f"x{i}" for i in range(1, 20, 2)}
     assert not set(outside["prompt_id"].to_pylist()) & set(inside["prompt_id"].to_pylist())
@@ -226,7 +245,7 @@ def test_the_guardrails_leave_the_gates_own_prompts_alone_while_there_are_enough
 
     table = prompts([{"prompt_id": f"x{i}", "split": "eval"} for i in range(40)])
     gate = _chosen(table, 20)["prompt_id"].to_pylist()
-    guard = held_out(table, (), SelectionConfig(), most=20)["prompt_id"].to_pylist()
+    guard = held_out(table, (), SelectionConfig(), most=20)[0]["prompt_id"].to_pylist()
     assert len(guard) == len(gate) == 20
     assert not set(gate) & set(guard)
 
@@ -234,4 +253,4 @@ def test_the_guardrails_leave_the_gates_own_prompts_alone_while_there_are_enough
 def test_rewards_of_other_responses_are_refused() -> None:
     found = candidates(prompts([{}]), (), SelectionConfig(), seed=0)
     with pytest.raises(InputError, match="2 responses, but 3 rewards"):
-        select(found, completions([{}, {}]), np.zeros(3), SelectionConfig())
+        select(found, completions([{}, {}]), Rewards(np.zeros(3), {"preference": np.zeros(3)}), SelectionConfig())

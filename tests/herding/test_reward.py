@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flywheel_tasks.core import config as core_config
-from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.curation.language import LanguageConfig
@@ -312,7 +311,7 @@ def test_a_failure_seldom_wins_its_group_because_the_model_likes_it() -> None:
     assert (ahead < 1).mean() < 0.25
 
 
-def test_every_component_is_logged_and_kept_with_its_response() -> None:
+def test_the_mean_of_every_component_is_logged() -> None:
     table = completions([{"text": "Yes."}, {"text": LOOP, "finish": "length"}, {"finish": "error"}])
     raw = np.array([1.0, 3.0, np.nan])
     found = reward.reward(table, raw, RewardConfig(), UNIT, limit=LIMIT)
@@ -320,12 +319,6 @@ def test_every_component_is_logged_and_kept_with_its_response() -> None:
         {"reward/total": 0.0, "reward/preference": 2.0, "reward/long": 0.5, "reward/repetition": 0.5,
          "reward/language": 0.0, "reward/format": 0.0}
     )  # fmt: skip
-    rows = schemas.conform(reward.scored(table, found, raw), schemas.COMPLETION, "test")["scores"].to_pylist()
-    assert {s["name"]: s["value"] for s in rows[1]} == {
-        "reward_total": -1.0, "reward_raw": 3.0, "reward_preference": 3.0, "reward_long": 1.0, "reward_repetition": 1.0,
-        "reward_language": 0.0, "reward_format": 0.0,
-    }  # fmt: skip
-    assert rows[2] == []
 
 
 def test_scores_of_other_responses_are_refused() -> None:

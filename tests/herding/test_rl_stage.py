@@ -20,7 +20,8 @@ from flywheel_tasks.compute import session
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.store import Store
-from flywheel_tasks.herding.rl_remote import rollouts
+from flywheel_tasks.herding.rl_remote import ask_as_learner, rollouts
+from flywheel_tasks.training.config import PlacementConfig
 from tests.herding import rl_world
 from tests.preherding.conftest import Given
 
@@ -94,11 +95,13 @@ def test_two_learners_climb_and_every_prompt_is_accounted_for(
     assert counts is not None
     assert (counts.rows_in, counts.rows_out, counts.reasons) == (18, 17, {"older_version": 1})
     assert report["steps"] == 4
-    assert report["published"] == [2, 4]
     assert set(report["guards"]) == {"2", "4"}
-    other = ({2, 4} - {report["chosen"]}).pop()
+    kept = [step for step in (2, 4) if report["guards"][str(step)]["win_rate"] < 0.99]
+    assert report["kept"] == kept
     names = {file.path.partition("/steps/")[2].split("/")[0] for file in made.manifest.outputs["steps"].files}
-    assert names == {f"step-{other:06d}"}
+    assert names == {f"step-{step:06d}" for step in kept if step != report["chosen"]}
+    assert report["served"][str(report["chosen"])]["probe/drift_mean"] < 0.12
+    assert report["held_out"] == {"prompts": 5, "share": 1.0}
     assert {"model.safetensors", "tokenizer.json"} <= {
         file.path.rpartition("/")[2] for file in made.manifest.outputs["model"].files
     }
@@ -118,15 +121,15 @@ def test_a_killed_learner_resumes_and_a_killed_engine_is_replaced(
     def reached(step: int) -> Callable[[], bool]:
         return lambda: any(name == "train/loss" and at >= step for name, _, at in list(curve))
 
-    def kill(word: str) -> Callable[[], None]:
+    def kill(word: str) -> Callable[[], object]:
         return lambda: [os.kill(p.pid, signal.SIGKILL) for p in processes(word)]  # type: ignore[func-returns-value]
 
     changes: dict[str, Any] = {"train": {"steps": 40}, "guardrail": {"every": 20}, "placement": {"save_every": 2}}
-    killer = when(reached(3), kill(LEARNER))
+    killer = when(reached(5), kill(LEARNER))
     with pytest.raises(FlywheelError, match="worker 0 died"):
         rl_world.stage(store, given, characters, tiny_model, judges, **changes)
     killer.join()
-    first = {step: value for name, value, step in curve if name == "train/loss"}
+    first, took = ({step: v for name, v, step in curve if name == f"train/{of}"} for of in ("loss", "step_s"))
     assert max(first) < 40
     until = time.monotonic() + 20
     while processes(ENGINE):
@@ -136,10 +139,13 @@ def test_a_killed_learner_resumes_and_a_killed_engine_is_replaced(
     killer = when(reached(max(first) + 4), kill(ENGINE))
     made = rl_world.stage(store, given, characters, tiny_model, judges, **changes)
     assert not killer.is_alive()
-    losses = [(step, value) for name, value, step in curve if name == "train/loss"]
+    losses, seconds = ([(step, v) for name, v, step in curve if name == f"train/{of}"] for of in ("loss", "step_s"))
     assert [step for step, _ in losses] == list(range(1, 41))
     kept = max(first) // 2 * 2 - 2
+    assert kept >= 2
     assert [value for _, value in losses[:kept]] == [first[step] for step in range(1, kept + 1)]
+    # A run from the start would give the same losses, but never the same times.
+    assert [value for _, value in seconds[:kept]] == [took[step] for step in range(1, kept + 1)]
     assert made.json("report")["steps"] == 40
 
 
@@ -163,6 +169,7 @@ def test_an_engine_that_hangs_too_often_ends_the_run_in_one_line(
     engine = {"stall_seconds": 4.0, "restarts": 0}
     setup = rl_world.setup(tiny_model, judges, characters, engine=engine)
     with rollouts(setup, gpus=0, deadline_s=200) as far:
+        ask_as_learner(far, PlacementConfig())  # these do share their memory
         [process] = processes(ENGINE)
         process.suspend()
         with pytest.raises(FlywheelError, match=r"1 engines were lost in one round, the last because it was silent"):

@@ -24,6 +24,7 @@ from flywheel_tasks.models.lora import Lora
 from flywheel_tasks.models.probe import ProbeConfig
 from flywheel_tasks.simulation.characters import demo_characters
 from flywheel_tasks.training import rl
+from flywheel_tasks.training.task import After
 from tests.herding import rl_world
 from tests.models import engines
 
@@ -146,6 +147,29 @@ def test_a_stale_engine_is_caught_by_the_probe_and_a_fresh_one_is_not(rollouts: 
         stale.start(module)
     fresh.start(module)
     fresh.start(load_policy(tiny_model, lora=Lora(rank=4)))
+
+
+def test_every_rollout_is_told_of_once_when_its_last_update_is_done(rollouts: Rollouts, tiny_model: Path) -> None:
+    """Four updates on each of three, the next one made meanwhile."""
+    far, updates, rewards = Here(rollouts), 4, list[float]()
+    module, sync = load_policy(tiny_model, lora=Lora(rank=4)), Sync(far, rollouts.probe_prompts(2), PROBE, updates)
+    sync.start(module)
+    source = Batches(far, 3 * updates, updates, ahead=True)
+    for step in range(3 * updates):
+        table = source.batch(step)
+        assert table is not None
+        told = sync.after_step(After(step, module, {"step_s": 0.0}, 0))
+        assert isinstance(told, dict)
+        assert ("reward/total" in told) == ("seconds/sync" in told) == (step % updates == updates - 1)
+        if "reward/total" in told and not told["groups/equal"]:
+            assert told["reward/total"] == pytest.approx(np.mean(table.column("reward").to_pylist()))
+            rewards.append(told["reward/total"])
+    assert len(set(rewards)) > 1
+
+
+def test_weights_on_another_machine_are_named_as_what_they_are(rollouts: Rollouts) -> None:
+    with pytest.raises(FlywheelError, match=r"not on the engines' machine.*one node"):
+        rollouts.serve("/proc/4194305/fd/9")
 
 
 def test_a_resumed_run_hands_its_own_weights_over_before_its_first_batch(

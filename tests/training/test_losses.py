@@ -166,6 +166,19 @@ def test_clipped_share_marks_only_tokens_without_gradient() -> None:
     theta = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.0], requires_grad=True)
     old, advantage = torch.zeros(5), torch.tensor([1.0, -1, 1, -1, 1])
     losses.grpo(theta, old, old, old, advantage, torch.arange(5)).sum().backward()
-    marked = losses.clipped_share(theta.detach(), old, advantage, clip=0.2, clip_high=None)
+    marked = losses.clipped_share(
+        theta.detach(), old, advantage, torch.arange(5), clip=0.2, clip_high=None, level="token"
+    )
     assert theta.grad is not None
+    assert ((theta.grad == 0) == marked.bool()).all()
+
+
+def test_clipped_share_marks_whole_responses_where_the_ratio_is_theirs() -> None:
+    """The first response has moved by exp(0.5) in the mean, one token of it not at all; the second's two cancel."""
+    theta = torch.tensor([1.0, 0.0, 0.5, -0.5], requires_grad=True)
+    old, advantage, row = torch.zeros(4), torch.ones(4), torch.tensor([0, 0, 1, 1])
+    losses.grpo(theta, old, old, old, advantage, row, level="sequence").sum().backward()
+    marked = losses.clipped_share(theta.detach(), old, advantage, row, clip=0.2, clip_high=None, level="sequence")
+    assert theta.grad is not None
+    assert marked.tolist() == [1, 1, 0, 0]
     assert ((theta.grad == 0) == marked.bool()).all()
