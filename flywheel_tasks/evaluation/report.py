@@ -129,13 +129,15 @@ def _cards(version: Version) -> list[dict[str, str]]:
 
 def _short(model: str) -> str:
     stage, _, key = model.partition("/")
-    return f"{stage}/{key[:8]}" if key else model
+    return f"{stage}/{key[:8]}" if key else model.removeprefix("package:")
 
 
 def _changes(version: Version) -> list[dict[str, str]]:
     """Every metric of both models, with the interval of the change where both have one."""
     languages = [
-        Row(n, n.removeprefix(LANGUAGE), "share", "up", n) for n in sorted(version.numbers) if n.startswith(LANGUAGE)
+        Row(n, f"Language match ({n.removeprefix(LANGUAGE)})", "share", "up", n)
+        for n in sorted(version.numbers)
+        if n.startswith(LANGUAGE)
     ]
     found = []
     for row in (*CHARACTERISTICS, *languages, *BENCHMARKS):
