@@ -21,6 +21,7 @@ from flywheel_tasks.preherding.sampling import unusable
 from flywheel_tasks.simulation.characters import demo_characters
 from tests.curation.curation_runs import commit, prompts, run
 from tests.preherding.conftest import TOPICS, Given
+from tests.tiny_llama import SPECIAL, build_tiny_llama
 
 K = 4
 
@@ -150,12 +151,24 @@ def test_what_was_cut_is_empty_or_failed_is_never_chosen() -> None:
     assert unusable(table, keep_unfinished=True)[1] is None
 
 
+@pytest.fixture(scope="module")
+def half_stopping(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that ends about every second response within 12 tokens: its end of turn outweighs the rest in many contexts."""
+    from safetensors.torch import load_file, save_file
+
+    folder = build_tiny_llama(tmp_path_factory.mktemp("half-stopping"))
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][SPECIAL.index("<|eot_id|>")] *= 4
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def test_loops_are_refused_by_name_however_high_they_score(
-    store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], tiny_model: Path
+    store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], half_stopping: Path
 ) -> None:
-    """A random policy stops within 12 tokens now and then."""
-    made = sample(store, given, characters, judges, tiny_model, "c" * 32, keep_unfinished=False)
+    made = sample(store, given, characters, judges, half_stopping, "c" * 32, keep_unfinished=False)
     rows = made.table("completions").read().to_pylist()
+    assert len(rows) / 10 < sum(row["finish"] == "length" for row in rows) < len(rows) * 9 / 10
     assert {row["reason"] for row in rows if row["finish"] == "length"} == {"infinity_loop"}
     assert not any(row["accepted"] for row in rows if row["finish"] == "length")
 
