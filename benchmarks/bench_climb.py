@@ -28,9 +28,9 @@ def main(quick: bool) -> Report:
     os.environ.setdefault(ids.USER_KEY_VARIABLE, "climb-only-key-0123456789abcdef")
     bench = Bench(home().absolute() / "climb", SEED)
     found: list[dict[str, Any]] = []
-    for arm in ARMS:
-        wheel = Wheel(arm, bench)
-        for cycle in CYCLES[:1] if quick else CYCLES:
+    wheels = [Wheel(arm, bench) for arm in ARMS]
+    for cycle in CYCLES[:1] if quick else CYCLES:
+        for wheel in wheels:
             found.append(_kept(wheel, cycle))
             print(line(found[-1]), flush=True)
     rows = [

@@ -22,9 +22,9 @@ _CLOSE = 0.15
 
 
 def main(quick: bool) -> Report:
-    pairs = 32 if quick else 192
+    pairs = 32 if quick else 96
     with tempfile.TemporaryDirectory(prefix="flywheel-bench-") as folder:
-        args = {"model": _model(Path(folder) / "model"), "pairs": write_pairs(Path(folder) / "pairs.json", pairs)}
+        args = {"model": fresh_scorer(Path(folder) / "model"), "pairs": write_pairs(Path(folder) / "pairs.json", pairs)}
         report = compare(
             "scoring",
             f"pointwise scores of {2 * pairs} responses to {pairs} real chats, SmolLM2-135M, bf16",
@@ -111,7 +111,7 @@ def _result(scores: Sequence[float], tokens: int, began: float) -> dict[str, Any
     return {"scores": list(scores), "tokens": tokens, "scoring_s": seconds, "tokens_per_s": tokens / seconds}
 
 
-def _model(folder: Path) -> str:
+def fresh_scorer(folder: Path) -> str:
     from flywheel_tasks.models.chat import load_tokenizer
     from flywheel_tasks.models.checkpoint import save_scorer
     from flywheel_tasks.models.heads import load_scorer

