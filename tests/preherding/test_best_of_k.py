@@ -1,106 +1,105 @@
-"""Algorithm 1 on a policy whose every response has a known chance: the best of k is what order statistics say it is.
-
-The policy is a Llama whose layers add nothing and whose embeddings are all alike, so that after any context the next
-token is one of eight letters with chances written into its head. It is sampled by the real stage, through vLLM, and
-judged by a real reward model; the expectation is computed from that model's score of each letter.
-"""
+"""Algorithm 1 on a policy whose rewards are known: with one token a response, its distribution can be written down."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-import torch
-from numpy.typing import NDArray
-from scipy.stats import chisquare
 
 from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.store import Store
-from flywheel_tasks.models.chat import load_tokenizer
+from flywheel_tasks.models.chat import Template, card_of, load_tokenizer
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
 from flywheel_tasks.models.generate import cards
 from flywheel_tasks.models.score import Scorer, ScoreRow
-from flywheel_tasks.preherding.rejection_config import RejectionConfig
+from flywheel_tasks.preherding.rejection_config import RejectionConfig, ThresholdConfig
 from flywheel_tasks.preherding.rejection_sample import STAGE
-from flywheel_tasks.simulation.characters import character_table, demo_characters
-from tests.curation.curation_runs import run
-from tests.preherding.conftest import Given
-from tests.preherding.test_rejection_sample import judges as judges
-from tests.preherding.test_rejection_sample import week
-from tests.tiny_llama import build_tiny_llama
+from tests.curation.curation_runs import prompts, run
+from tests.preherding.conftest import TOPICS, Given
+from tests.preherding.test_rejection_sample import judges  # noqa: F401  # a fixture
 
-LETTERS = "abcdefgh"
-CHANCES = np.array([0.30, 0.22, 0.16, 0.12, 0.08, 0.06, 0.04, 0.02])
-K, PROMPTS = 4, 240
-Floats = NDArray[np.float64]
+K, REPEATS = 4, 40
 
 
-@pytest.fixture(scope="module")
-def known_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """After the final norm every state is (sqrt(d), 0, …): a word's logit is its head's first weight times sqrt(d)."""
-    from transformers import LlamaForCausalLM
-
-    folder = build_tiny_llama(tmp_path_factory.mktemp("known"))
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    letters = load_tokenizer(folder).convert_tokens_to_ids(list(LETTERS))
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.zero_()[:, 0] = 1
-        width = model.config.hidden_size**0.5
-        model.lm_head.weight.zero_()[:, 0] = -40 / width
-        model.lm_head.weight[letters, 0] = torch.tensor(np.log(CHANCES) / width, dtype=torch.float32)
-    model.save_pretrained(folder)
-    return folder
+def asked(characters: pa.Table) -> pa.Table:
+    """Six contexts, each of them many prompts."""
+    same = {"character_id": characters["character_id"][0].as_py(), "locale": "en_US", "source": "production"}
+    return prompts(
+        [
+            {
+                "prompt_id": f"c{i}.0", "conversation_id": f"c{i}", "near_policy": True, "split": "train", **same,
+                "turns": [{"role": "user", "content": f"I keep thinking of {TOPICS[i % len(TOPICS)]}"}],
+            }
+            for i in range(REPEATS * len(TOPICS))
+        ]
+    )  # fmt: skip
 
 
-def moments_of_the_best(rewards: Floats, k: int) -> tuple[Floats, Floats]:
-    """E and Var of the highest of k draws for each prompt: P(max <= r_(j)) = F_j^k."""
-    order = np.argsort(rewards, axis=1)
-    value = np.take_along_axis(rewards, order, 1)
-    below = np.cumsum(CHANCES[order], axis=1) ** k
-    chance = np.diff(below, axis=1, prepend=0)
-    mean = (chance * value).sum(1)
-    return mean, (chance * value**2).sum(1) - mean**2
+def known(model: Path, reward: Path, table: pa.Table, characters: pa.Table) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each context the reward and the probability of all that can be said in one token; silence is left out."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer, scorer, cast = load_tokenizer(model), Scorer(reward), cards(characters)
+    tokens = np.arange(len(tokenizer))[:, None]
+    said = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    spoken = np.array([bool(text) for text in said])
+    found = []
+    for row in table.slice(0, len(TOPICS)).to_pylist():
+        card = card_of(cast, row["character_id"])
+        ids = Template(tokenizer).chat(row["turns"], card=card).ids
+        with torch.inference_mode():
+            chance = torch.softmax(policy(torch.tensor(ids)[None]).logits[0, -1], -1).double().numpy()[spoken]
+        rewards = scorer.pointwise([ScoreRow(row["turns"], said[n], card) for n in np.flatnonzero(spoken)])
+        found.append((rewards.astype(float), chance / chance.sum()))
+    return found
 
 
-def test_the_best_of_k_reaches_its_expectation(
-    store: Store, given: Given, characters: object, judges: dict[str, Path], known_policy: Path
+def best_of(rewards: np.ndarray, chance: np.ndarray, j: int) -> tuple[float, float]:
+    """Mean and variance of the highest of j rewards: P(max <= r) is F(r)^j."""
+    order = np.argsort(rewards)
+    mass = np.diff(np.cumsum(chance[order]) ** j, prepend=0.0)
+    mean = float(mass @ rewards[order])
+    return mean, float(mass @ (rewards[order] - mean) ** 2)
+
+
+def test_the_best_of_k_earns_what_the_policys_own_distribution_says(
+    store: Store,
+    given: Given,
+    characters: pa.Table,
+    judges: dict[str, Path],  # noqa: F811
+    tiny_model: Path,
 ) -> None:
+    table = asked(characters)
     inputs = {
-        "prompts": (given("constrain", {"prompts": week(PROMPTS)}), "prompts"),
+        "prompts": (given("constrain", {"prompts": table}), "prompts"),
         "characters": (given("ingest", {"characters": characters}), "characters"),
         "reward": (given("preference-pointwise", {"model": judges["pointwise"]}), "model"),
         "signals": (given("signal-rm", {"model": judges["signals"]}), "model"),
     }
     config = RejectionConfig(
-        policy=ModelConfig(path=str(known_policy)),
+        policy=ModelConfig(path=str(tiny_model)),
         least_policies=1,
         engine=EngineConfig(dtype="float32", cache_gib=0.1, context=512),
         sampling=Sampling(k=K, max_tokens=1),
-        keep_unfinished=True,
+        threshold=ThresholdConfig(value=-1e6, quantile=None),
         signals={},
-        older_versions=True,
+        keep_unfinished=True,
     )
-    made = run(STAGE, store, config, inputs, key="e" * 32)
+    made = run(STAGE, store, config, inputs, key="a" * 32)
+    truth = known(tiny_model, judges["pointwise"], table, characters)
+    curve = made.json("report")["best_of_k"]
+    for j in range(1, K + 1):
+        means, variances = np.array([best_of(*one, j) for one in truth]).T
+        # Rows with a silent response are left out of the curve: fewer than half.
+        assert curve[j - 1] == pytest.approx(means.mean(), abs=4 * np.sqrt(variances.mean() / (table.num_rows / 2)))
+    gain = np.mean([best_of(*one, K)[0] - best_of(*one, 1)[0] for one in truth])
+    assert gain > 8 * np.sqrt(np.mean([best_of(*one, K)[1] for one in truth]) / table.num_rows)
     rows = made.table("completions").read().to_pylist()
-    assert {row["text"] for row in rows} <= set(LETTERS)
-    counts = np.array([sum(row["text"] == letter for row in rows) for letter in LETTERS])
-    assert chisquare(counts, CHANCES * len(rows)).pvalue > 1e-4
-
-    cast = cards(character_table(demo_characters()))
-    first = {row["prompt_id"]: row for row in rows}
-    scorer = Scorer(judges["pointwise"])
-    asked = [ScoreRow(row["turns"], letter, cast[row["character_id"]]) for row in first.values() for letter in LETTERS]
-    rewards = scorer.pointwise(asked).astype(np.float64).reshape(-1, len(LETTERS))
-    assert np.ptp(rewards, axis=1).min() > 0
-
-    found = made.json("report")["best_of_k"]
-    for k, value in enumerate(found, start=1):
-        mean, variance = moments_of_the_best(rewards, k)
-        # Four standard errors; those of k < K are smaller, since every subset of K draws is used.
-        assert abs(value - mean.mean()) < 4 * np.sqrt(variance.sum()) / len(first), k
-    gain = moments_of_the_best(rewards, K)[0].mean() - moments_of_the_best(rewards, 1)[0].mean()
-    assert gain > 8 * np.sqrt(moments_of_the_best(rewards, K)[1].sum()) / len(first), "the test could not tell K from 1"
+    reward = {row["completion_id"]: {s["name"]: s["value"] for s in row["scores"]}["reward"] for row in rows}
+    kept = [reward[row["completion_id"]] for row in rows if row["accepted"]]
+    assert len(kept) > 0.9 * table.num_rows
+    assert np.mean(kept) == pytest.approx(curve[-1], abs=0.05 * gain)
