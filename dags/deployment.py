@@ -63,6 +63,7 @@ class Ray(_Section):
 class Deployment(_Section):
     image: str = Field("", description="of stages without a GPU, tag or digest included")
     gpu_image: str = Field("", description="of stages with GPUs (default: image)")
+    store: str = Field("", description="where artifacts live, for stages and for Airflow (empty: as the profile says)")
     environment: dict[str, str] = Field({}, description="what every stage gets; no secrets")
     deadline_hours: float = Field(48, gt=0, description="a stage that runs longer is stopped")
     docker: Docker = Docker()
@@ -83,6 +84,12 @@ class Deployment(_Section):
         if not image:
             raise ConfigError(f"no image for the stages: set 'image' in the file that ${VARIABLE} names")
         return image
+
+
+def overrides() -> list[str]:
+    """What the deployment settles for every stage, as after --set; what a person typed comes after it and wins."""
+    store = load().store
+    return [f"store.uri={store}"] if store else []
 
 
 def load() -> Deployment:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from typing import Any
 
+import deployment
 from airflow.sdk import DAG, BaseOperator, Param, TaskGroup
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
@@ -76,8 +77,9 @@ class StageOperator(BaseOperator):
         return cycle_of(self.last_settled(context))
 
     def derived_settings(self, context: Mapping[str, Any]) -> list[str]:
-        """The day before which data is complete; what a person typed comes after it and wins."""
-        return [f"{self.as_of}={self.last_settled(context) + timedelta(days=1)}"] if self.as_of else []
+        """The deployment's store, the day before which data is complete; what a person typed comes after and wins."""
+        day = [f"{self.as_of}={self.last_settled(context) + timedelta(days=1)}"] if self.as_of else []
+        return [*deployment.overrides(), *day]
 
     def last_settled(self, context: Mapping[str, Any]) -> date:
         return day_of(context) - timedelta(days=self.settled_days)

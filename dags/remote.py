@@ -42,8 +42,9 @@ class RemoteOperator(StageOperator):
 
     def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
         params = context["params"]
+        settings = [*deployment.overrides(), *(params.get("overrides") or ())]
         try:
-            store = Store(load_config(params["profile"], None, params.get("overrides") or ()).store.uri)
+            store = Store(load_config(params["profile"], None, settings).store.uri)
         except FlywheelError as error:
             raise AirflowFailException(f"{self.stage_name}: {error}") from error
         receipt = f"{self.stage_name}-{uuid.uuid4().hex}"

@@ -12,6 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import deployment
 from airflow.sdk import BaseOperator, Param
 from airflow.sdk.exceptions import AirflowSkipException, TaskDeferralError, TaskDeferralTimeout
 from launch import day_of
@@ -54,7 +55,8 @@ class AwaitReviews(BaseOperator):
         from flywheel_tasks.annotation.waiting import Inbox, decide
 
         params = context["params"]
-        config = load_config(params["profile"], None, params.get("overrides") or ())
+        settings = [*deployment.overrides(), *(params.get("overrides") or ())]
+        config = load_config(params["profile"], None, settings)
         store, at_least = Store(config.store.uri), params[AT_LEAST]
         export = self.sent(context, store)
         # From when the tasks went out: a second run of the cycle does not give people their hours again.
@@ -98,31 +100,37 @@ class AwaitReviews(BaseOperator):
 def form() -> dict[str, Param]:
     """What the form of the cycle asks; scheduled runs take the environment's values."""
     return {
-        AT_LEAST: Param(
-            default(AT_LEAST, int, 0, 0, MOST_REVIEWS),
-            title="Reviews to wait for",
-            description="annotate-import waits for this many reviews of this cycle's tasks. 0: it does not wait.",
-            type="integer",
-            minimum=0,
-            maximum=MOST_REVIEWS,
+        AT_LEAST: number(
+            AT_LEAST, int, 0, MOST_REVIEWS, "Reviews to wait for",
+            "annotate-import waits for this many reviews of this cycle's tasks. 0: it does not wait.",
         ),
-        DEADLINE: Param(
-            default(DEADLINE, float, 24, 0, LONGEST_WAIT_HOURS),
-            title="Hours to wait for reviews",
-            description="Counted from the export. Then the cycle goes on with the reviews that are there.",
-            type="number",
-            minimum=0,
-            maximum=LONGEST_WAIT_HOURS,
+        DEADLINE: number(
+            DEADLINE, float, 24, LONGEST_WAIT_HOURS, "Hours to wait for reviews",
+            "Counted from the export. Then the cycle goes on with the reviews that are there.",
         ),
-    }
+    }  # fmt: skip
 
 
-def default(name: str, kind: type[int] | type[float], otherwise: float, least: float, most: float) -> float:
+def number(
+    name: str, kind: type[int] | type[float], otherwise: float, most: float, title: str, description: str
+) -> Param:
+    """A number from 0 to `most`, which the form and the environment check alike."""
+    return Param(
+        default(name, kind, otherwise, most),
+        title=title,
+        description=description,
+        type="integer" if kind is int else "number",
+        minimum=0,
+        maximum=most,
+    )
+
+
+def default(name: str, kind: type[int] | type[float], otherwise: float, most: float) -> float:
     """FLYWHEEL_REVIEWS_AT_LEAST or FLYWHEEL_REVIEWS_DEADLINE_HOURS of the environment that parses the DAGs."""
     variable = f"FLYWHEEL_{name.upper()}"
     typed = os.environ.get(variable, str(otherwise))
     with suppress(ValueError):
-        if least <= (value := kind(typed)) <= most:
+        if 0 <= (value := kind(typed)) <= most:
             return value
     what = "a whole number" if kind is int else "a number"
-    raise ConfigError(f"{variable}='{typed}': set it to {what} from {least:g} to {most:,}")
+    raise ConfigError(f"{variable}='{typed}': set it to {what} from 0 to {most:,}")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from flywheel_tasks import pipeline, services_cli
 from flywheel_tasks.annotation import commands as annotation_commands
@@ -24,10 +25,20 @@ from flywheel_tasks.release import champion_commands
 from flywheel_tasks.release import commands as release_commands
 from flywheel_tasks.release.reign import for_stage
 
+
+class Overview(TyperGroup):
+    """The list of commands with the whole first sentence of each, where click would cut it to the line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(300)) for name, command in commands if command])
+
+
 app = typer.Typer(
     name="flywheel",
+    cls=Overview,
     help="Run the CharacterFlywheel loop: one stage, one cycle, or a look at what it made.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -43,7 +54,8 @@ ConfigFile = Annotated[
     typer.Option("--config", help="A YAML file instead of a profile; it may start from one with 'profile: NAME'."),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Override one key: --set ingest.continue_minutes=15. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="Override one key: --set ingest.continue_minutes=15; lists as YAML. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -71,7 +83,9 @@ def run(
     ] = None,
     receipt: Annotated[
         str | None,
-        typer.Option(help="Also leave the manifest's URI in the store under this name, for who cannot read stdout."),
+        typer.Option(
+            help="Also leave the manifest's URI in the store under this name, for a caller that sees no stdout."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -230,14 +244,23 @@ def main() -> None:
     """Entry point: errors meant for people are one line, and SIGTERM unwinds so that nothing half-written stays."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="flywheel", standalone_mode=False) or 0)
     except FlywheelError as error:
         print(f"error: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"       {note}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except typer.TyperException as error:
+        print(f"error: {InputError(_usage(error))}", file=sys.stderr)
+        sys.exit(InputError.exit_code)
     except BrokenPipeError:
         sys.exit(1)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, in one line."""
+    what = " ".join(error.format_message().split()).rstrip(".")
+    return f"{what}: see `{error.ctx.command_path if error.ctx else 'flywheel'} --help`"
 
 
 def _settings(profile: str | None, config: str | None, overrides: Sequence[str] | None) -> FlywheelConfig:
@@ -247,7 +270,7 @@ def _settings(profile: str | None, config: str | None, overrides: Sequence[str] 
 def _run_stage(stage: Stage, cycle: str, config: FlywheelConfig, given: dict[str, str]) -> tuple[Artifact, str]:
     from flywheel_tasks.core.runner import run_stage
 
-    started, store = time.monotonic(), Store(config.store.uri)
+    started, store, cycle = time.monotonic(), Store(config.store.uri), ids.cycle_id(cycle)
     _say(f"── {stage.name} · {cycle} · {stage.paper}")
     result = run_stage(stage, cycle, for_stage(config, stage.name, store, cycle), store, given)
     if stage.name in ("promote", "readout"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flywheel_tasks.annotation import annotate_export, annotate_import, pairs
+from flywheel_tasks.annotation import annotate_export, annotate_import, pairs, side_by_side
 from flywheel_tasks.core.config import FlywheelConfig, load
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.stage import Stage
@@ -30,6 +30,8 @@ STAGES: tuple[Stage, ...] = (
     dpo.STAGE,
     rl.STAGE,
     respond.STAGE,
+    side_by_side.STAGE,
+    side_by_side.IMPORT,
     metrics.STAGE,
     benchmarks.STAGE,
     winrate.STAGE,

@@ -102,6 +102,18 @@ def test_status_show_and_lineage_tell_people_and_machines_the_same(home: Path, u
         (("show", "zzz"), "no artifact matches"),
         (("lineage",), "give either an artifact or --user"),
         (("cycle", "--cycle", CYCLE, "--skip", "nothing"), "no stage 'nothing'"),
+        (("run", "ingest"), "Missing option '--cycle': see `flywheel run --help`"),
+        (("run", "--cycle", CYCLE), "Missing argument 'stage': see `flywheel run --help`"),
+        (("run", "ingest", "--cycel", CYCLE), "No such option: --cycel"),
+        (("runn", "ingest"), "No such command 'runn'"),
+        (("readout", "--activity", "a.parquet", "--days", "soon"), "Invalid value for '--days'"),
+        (("run", "ingest", "--cycle", CYCLE, "--config", "/nowhere.yaml"), "/nowhere.yaml cannot be read"),
+        (("run", "ingest", "--cycle", CYCLE, "--set", "seed"), "not KEY=VALUE"),
+        (("run", "ingest", "--cycle", CYCLE, "--set", "seed=abc"), "'seed'"),
+        (("status", "--set", "store.uri=ftp://x/y"), "use file://, s3:// or gs://"),
+        (("run", "filter", "--cycle", "2030-W01"), "run `flywheel run ingest --cycle 2030-W01` first"),
+        (("answer", "maybe", "--cycle", CYCLE), "say approve, reject or timeout"),
+        (("gate", "--evidence", "/nowhere.json"), "/nowhere.json"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(home: Path, arguments: tuple[str, ...], said: str) -> None:
@@ -115,6 +127,8 @@ def test_bad_input_is_one_line_and_exit_2(home: Path, arguments: tuple[str, ...]
 
 def test_every_command_has_help_a_stranger_can_use(home: Path) -> None:
     overview = flywheel(home, "--help").stdout
+    assert flywheel(home).stdout == overview
+    assert "..." not in overview.partition("Commands:")[2], "no sentence is cut"
     for command in ("stages", "run", "cycle", "status", "show", "lineage", "forget", "readout", "up"):
         assert command in overview
         said = flywheel(home, command, "--help")

@@ -18,7 +18,7 @@ from flywheel_tasks.annotation.contract import Character, Mode, Question, Task
 from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.core.output import Output
-from flywheel_tasks.core.quarantine import of_others
+from flywheel_tasks.core.quarantine import without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.curation.privacy import identifiers, mask
 
@@ -55,17 +55,24 @@ class ExportConfig(StageConfig):
 def run(inputs: Inputs, config: ExportConfig, out: Output) -> None:
     """Send this cycle's new pairs to annotators: tasks that name nobody, with left and right drawn by a keyed coin, as
     JSON Lines with their JSON Schema and as Label Studio projects. The ledger holds these and all earlier tasks."""
+    pairs, forgotten = without(inputs["pairs"].read(), inputs.forgotten, "pair_id")
+    send(pairs, forgotten, inputs, config, out, {})
+
+
+def send(
+    pairs: pa.Table, left_out: pa.Table, inputs: Inputs, config: ExportConfig, out: Output, about: Mapping[str, Any]
+) -> None:
+    """Tasks for these pairs, in a sealed folder and in the ledger. `left_out` (quarantine rows of pairs that may not go
+    out) is accounted for; `about` joins the report."""
     from flywheel_tasks.annotation import label_studio, publish
 
-    key = ids.user_key()
     earlier = inputs.get("earlier")
-    ledger = of_others(earlier.read(), inputs.forgotten) if earlier else schemas.get("task").empty_table()
-    pairs = inputs["pairs"].read()
+    before = earlier.read() if earlier else schemas.get("task").empty_table()
+    ledger, forgotten = without(before, inputs.forgotten, "task_id")
     questions = (*contract.core_questions(), *config.questions)
-    known = set(ledger["pair_id"].to_pylist())
     new, tasks, refused = make_tasks(
-        pairs, characters(inputs["characters"].read()), known, inputs.forgotten,
-        reviewers=config.reviewers, questions=questions, cycle=out.cycle, seed=out.seed, key=key,
+        pairs, characters(inputs["characters"].read()), ledger["pair_id"].to_pylist(),
+        reviewers=config.reviewers, questions=questions, cycle=out.cycle, seed=out.seed, key=ids.user_key(),
     )  # fmt: skip
     files = {
         "tasks.jsonl": publish.task_lines(tasks),
@@ -79,8 +86,10 @@ def run(inputs: Inputs, config: ExportConfig, out: Output) -> None:
     with out.table("tasks") as writer:
         writer.write(ledger)
         writer.write(new)
-    out.reject(refused)
-    out.account("pair", rows_in=len(pairs), rows_out=len(new))
+    for rejected in (left_out, forgotten, refused):
+        out.reject(rejected)
+    rows_in = len(before) + len(pairs) + len(left_out)
+    out.account("pair", rows_in=rows_in, rows_out=len(ledger) + len(new))
     out.json(
         "report",
         {
@@ -92,6 +101,7 @@ def run(inputs: Inputs, config: ExportConfig, out: Output) -> None:
             "tasks_of_earlier_cycles": len(ledger),
             "published": bool(config.folder),
             "questions": [question.model_dump(mode="json") for question in questions],
+            **about,
         },
     )
 
@@ -113,7 +123,6 @@ def make_tasks(
     pairs: pa.Table,
     known_characters: Mapping[str, Character],
     known_pairs: Iterable[str],
-    forgotten: frozenset[str],
     *,
     reviewers: Mapping[Mode, int],
     questions: tuple[Question, ...],
@@ -128,11 +137,7 @@ def make_tasks(
     refused: list[dict[str, Any]] = []
     for row in pairs.to_pylist():
         character = known_characters.get(row["character_id"])
-        reason = (
-            "forgotten" if row["user"] in forgotten
-            else "already_exported" if row["pair_id"] in seen
-            else None if character else "unknown_character"
-        )  # fmt: skip
+        reason = "already_exported" if row["pair_id"] in seen else None if character else "unknown_character"
         if reason or character is None:
             where = f"pairs:{row['pair_id']}"
             refused.append({"row_id": row["pair_id"], "reason": reason, "where": where, "user": row["user"]})

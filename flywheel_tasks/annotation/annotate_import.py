@@ -23,7 +23,7 @@ from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import Operational, StageConfig
 from flywheel_tasks.core.manifest import SourceRecord
 from flywheel_tasks.core.output import Output
-from flywheel_tasks.core.quarantine import of_others
+from flywheel_tasks.core.quarantine import of_others, without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.core.storage import open_external
 
@@ -67,7 +67,8 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
     tasks = {row["task_id"]: row for row in ledger.select(_KNOWN).to_pylist()}
     questions = _questions(inputs)
     earlier = inputs.get("earlier")
-    before = of_others(earlier.read(), inputs.forgotten) if earlier else schemas.get("annotation").empty_table()
+    everything = earlier.read() if earlier else schemas.get("annotation").empty_table()
+    before, forgotten = without(everything, inputs.forgotten, "annotation_id")
     said_before = inputs.json("earlier_report") or {}
     read_before = dict(said_before.get("files", {}))
     contradicted = {name: datetime.fromisoformat(at) for name, at in said_before.get("contradicted", {}).items()}
@@ -97,7 +98,8 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
         with out.table(name) as writer:
             writer.write(table)
     out.reject(_quarantine(refused))
-    out.account("review", rows_in=len(before) + len(arrived), rows_out=len(annotations))
+    out.reject(forgotten)
+    out.account("review", rows_in=len(everything) + len(arrived), rows_out=len(annotations))
     files = read_before | {record.sha256: record.name for record in fresh}
     out.json(
         "report",

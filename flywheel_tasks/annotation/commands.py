@@ -8,81 +8,79 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from flywheel_tasks.core.commands import Settings, configured
 from flywheel_tasks.core.config import FlywheelConfig
-from flywheel_tasks.core.errors import FlywheelError, InputError
+from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.core.store import Store
 
 TOKEN = "FLYWHEEL_LABEL_STUDIO_TOKEN"  # noqa: S105 - the name of a variable
-Settings = Callable[[str | None, str | None, Sequence[str] | None], FlywheelConfig]
 Url = Annotated[str, typer.Option("--url", help=f"The server's address; its access token is read from ${TOKEN}.")]
 Cycle = Annotated[str, typer.Option("--cycle", help="The cycle whose export is meant.")]
-Profile = Annotated[str | None, typer.Option("--profile", help="Whose store.")]
-ConfigFile = Annotated[str | None, typer.Option("--config", help="A YAML file instead of a profile.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override one key: --set store.uri=s3://bucket/x.")]
+Sender = Literal["annotate-export", "side-by-side"]
+Of = Annotated[Sender, typer.Option("--of", help="Whose export: the week's pairs, or candidate against champion.")]
 
 
 def register(app: typer.Typer, settings: Settings) -> None:
     """Add the commands; `settings` builds the configuration from profile, file and overrides."""
+    over = configured(settings, "Whose store.")
 
     @app.command("label-push")
+    @over
     def label_push(
-        cycle: Cycle, url: Url, profile: Profile = None, config: ConfigFile = None, set_: Set = None
+        config: FlywheelConfig,
+        cycle: Cycle,
+        url: Url,
+        of: Of = "annotate-export",
     ) -> None:
         """Make a Label Studio project for each mode of the export, once for each server; prints their numbers."""
         from flywheel_tasks.annotation import label_studio_server, publish
 
-        with _one_line():
-            folder, name = _export(settings(profile, config, set_), cycle)
-            server = label_studio_server.Server(url, _token())
-            storage, note = Storage(folder), _note(name, server.name)
-            if known := storage.read(note):
-                raise InputError(f"{server.url} has {name} already: projects {known.decode()}")
-            projects = label_studio_server.push(server, name, publish.read(folder, name))
-            storage.put(note, json.dumps(projects).encode())
-            print(json.dumps(projects))
+        folder, name = _export(config, cycle, of)
+        server = label_studio_server.Server(url, _token())
+        storage, note = Storage(folder), _note(name, server.name)
+        if known := storage.read(note):
+            raise InputError(f"{server.url} has {name} already: projects {known.decode()}")
+        projects = label_studio_server.push(server, name, publish.read(folder, name))
+        storage.put(note, json.dumps(projects).encode())
+        print(json.dumps(projects))
 
     @app.command("label-pull")
+    @over
     def label_pull(
+        config: FlywheelConfig,
         cycle: Cycle,
         url: Url,
-        to: Annotated[str, typer.Option("--to", help="Folder or URI of the deliveries that annotate-import reads.")],
-        profile: Profile = None,
-        config: ConfigFile = None,
-        set_: Set = None,
+        to: Annotated[str, typer.Option("--to", help="Folder or URI of the deliveries that the import reads.")],
+        of: Of = "annotate-export",
     ) -> None:
         """Write the answers so far as deliveries of today's batch, as often as you like: what was read before is
         known; prints their names."""
         from flywheel_tasks.annotation import label_studio_server
 
-        with _one_line():
-            folder, name = _export(settings(profile, config, set_), cycle)
-            server = label_studio_server.Server(url, _token())
-            known = Storage(folder).read(_note(name, server.name))
-            if known is None:
-                raise InputError(f"{server.url} has no project of {name}: run label-push first")
-            for mode, project in json.loads(known).items():
-                file = f"{datetime.now(UTC):%y%m%d}-{mode}-{name}.json"
-                Storage(to).put(file, server.export(project))
-                print(file)
+        folder, name = _export(config, cycle, of)
+        server = label_studio_server.Server(url, _token())
+        known = Storage(folder).read(_note(name, server.name))
+        if known is None:
+            raise InputError(f"{server.url} has no project of {name}: run label-push first")
+        for mode, project in json.loads(known).items():
+            file = f"{datetime.now(UTC):%y%m%d}-{mode}-{name}.json"
+            Storage(to).put(file, server.export(project))
+            print(file)
 
 
-def _export(config: FlywheelConfig, cycle: str) -> tuple[str, str]:
+def _export(config: FlywheelConfig, cycle: str, sender: Sender) -> tuple[str, str]:
     """Where the cycle's export lies, and its name."""
-    folder: str = config.stages["annotate-export"].folder  # type: ignore[attr-defined]
-    found = Store(config.store.uri).pointed(cycle, "annotate-export")
+    folder: str = config.stages[sender].folder  # type: ignore[attr-defined]
+    found = Store(config.store.uri).pointed(cycle, sender)
     if found is None or not folder:
         raise InputError(
-            f"{cycle} has no export in a folder: set annotate-export.folder and run `flywheel run annotate-export "
-            f"--cycle {cycle}`"
+            f"{cycle} has no export in a folder: set {sender}.folder and run `flywheel run {sender} --cycle {cycle}`"
         )
     return folder, str(found.json("report")["export"])
 
@@ -96,12 +94,3 @@ def _token() -> str:
     if not token:
         raise InputError(f"${TOKEN} is not set: copy the token from Account & Settings in Label Studio")
     return token
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    try:
-        yield
-    except FlywheelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error

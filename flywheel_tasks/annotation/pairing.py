@@ -101,8 +101,11 @@ def plan(
     )
 
 
-def assemble(planned: Plan, first: Sequence[Made], second: Sequence[Made], bounds: Bounds) -> tuple[pa.Table, pa.Array]:
-    """Every planned pair as a `pair` row, and for each the reason why it is dropped (null: it is kept)."""
+def assemble(
+    planned: Plan, first: Sequence[Made], second: Sequence[Made], bounds: Bounds | None
+) -> tuple[pa.Table, pa.Array]:
+    """Every planned pair as a `pair` row, and for each the reason why it is dropped (null: it is kept). Without bounds
+    any difference of style is allowed."""
     sides = [list(first), list(second)]
     rows = planned.prompts.select(COPIED).to_pylist()
     for row, swap, mode, kind, *two in zip(rows, planned.swap, planned.mode, planned.kind, *sides, strict=True):
@@ -117,7 +120,7 @@ def assemble(planned: Plan, first: Sequence[Made], second: Sequence[Made], bound
     longer = np.maximum(word_count(texts["y0"]), word_count(texts["y1"]))
     columns = {name: [row[name] for row in rows] for name in schemas.get("pair").names if name not in DELTAS} | deltas
     table = pa.table([columns[field.name] for field in schemas.get("pair")], schema=schemas.get("pair"))
-    wide = too_different(deltas, longer, bounds)
+    wide = too_different(deltas, longer, bounds) if bounds else [None] * len(rows)
     reasons = [a.reason or b.reason or _unfit(row) or over for a, b, row, over in zip(*sides, rows, wide, strict=True)]
     return table, pa.array(reasons, pa.string())
 

@@ -15,7 +15,7 @@ from flywheel_tasks.annotation import pairing, rewriting
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig, StageConfig, model_of
 from flywheel_tasks.core.output import Output
-from flywheel_tasks.core.quarantine import of_others
+from flywheel_tasks.core.quarantine import without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
 
@@ -71,8 +71,13 @@ def run(inputs: Inputs, config: PairsConfig, out: Output) -> None:
     from flywheel_tasks.models.generate import cards
 
     pool = (config.policy, *config.candidates)
-    prompts = of_others(inputs["prompts"].read(), inputs.forgotten)
-    sessions = {mode: of_others(table.read(), inputs.forgotten) for mode in SESSIONS if (table := inputs.get(mode))}
+    prompts, *gone = without(inputs["prompts"].read(), inputs.forgotten, "prompt_id")
+    sessions: dict[str, pa.Table] = {}
+    for mode in SESSIONS:
+        if table := inputs.get(mode):
+            sessions[mode], theirs = without(table.read(), inputs.forgotten, "prompt_id")
+            gone.append(theirs)
+    forgotten = pa.concat_tables(gone)
     planned = pairing.plan(
         prompts,
         sessions,
@@ -94,7 +99,8 @@ def run(inputs: Inputs, config: PairsConfig, out: Output) -> None:
         writer.write(kept)
     dropped = table.filter(pc.is_valid(reasons))
     out.reject(_quarantine(dropped, reasons.drop_null()))
-    out.account("pair", rows_in=len(table), rows_out=len(kept))
+    out.reject(forgotten)
+    out.account("pair", rows_in=len(table) + len(forgotten), rows_out=len(kept))
     out.json("report", report(len(prompts), sessions, planned, table, reasons))
     out.metric("kept", len(kept) / len(table) if len(table) else 0.0)
 

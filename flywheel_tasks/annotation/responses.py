@@ -93,9 +93,12 @@ def respond(
             second[row] = Made(parsed.reply or "", policy, reason, original.call)
 
     for place in order:
+        rewrites = bool(rewritten.any()) and pool[place].path == rewriter.path
+        if not rewrites and not ((planned.first == place) | (~rewritten & (planned.second == place))).any():
+            continue
         with open_engine(pool[place], engine_config) as engine:
             sample(place, engine)
-            if rewritten.any() and pool[place].path == rewriter.path:
+            if rewrites:
                 rewrite(engine)
     if rewritten.any() and not rewriter_in_pool:
         with open_engine(rewriter, engine_config) as engine:
@@ -118,12 +121,16 @@ def _drawn(
     found: dict[str, list[Made]] = {}
     for chunk in complete(engine, template, prompts, encode, sampling, policy, partial=partial, name=name):
         for row in chunk.table.select(["prompt_id", "text", "finish", "reason"]).to_pylist():
-            said = tool_calls.split(row["text"])
-            unfinished = "unfinished" if row["finish"] == "length" and not keep_unfinished else None
-            failed = _short(row["reason"]) if row["finish"] == "error" else None
-            made = Made(said.text, policy, failed or unfinished or said.reason, said.call)
-            found.setdefault(row["prompt_id"], []).append(made)
+            found.setdefault(row["prompt_id"], []).append(made_of(row, policy, keep_unfinished))
     return found
+
+
+def made_of(row: Mapping[str, Any], policy: str, keep_unfinished: bool) -> Made:
+    """A completion (text, finish, reason) as a response of a pair, its tool call apart."""
+    said = tool_calls.split(row["text"])
+    unfinished = "unfinished" if row["finish"] == "length" and not keep_unfinished else None
+    failed = _short(row["reason"]) if row["finish"] == "error" else None
+    return Made(said.text, policy, failed or unfinished or said.reason, said.call)
 
 
 def _short(reason: str | None) -> str:

@@ -62,16 +62,17 @@ def _rewards(
     from flywheel_tasks.models import generate
     from flywheel_tasks.models.chat import card_of
     from flywheel_tasks.models.engine import open_engine
-    from flywheel_tasks.models.score import Scorer, ScoreRow
+    from flywheel_tasks.models.score import Scorer, ScoreRow, while_or_after
 
     scorer, cards, done = Scorer(reward), generate.cards(characters), 0
     with open_engine(policy, config.engine) as engine:
         template, sampling = generate.template_of(engine), config.sampling.seeded(out.seed)
         encode = generate.encoder(template, cards, generate.prompt_room(engine, sampling))
-        for chunk in generate.complete(
+        chunks = generate.complete(
             engine, template, prompts, encode, sampling, "champion",
             partial=out.partial, name="scoring", deadline=config.deadline_s,
-        ):  # fmt: skip
+        )  # fmt: skip
+        for chunk in while_or_after(chunks, scorer):
             answered = chunk.table.filter(pc.not_equal(chunk.table["finish"], "error"))
             rows = [
                 ScoreRow(row["turns"], row["text"], card_of(cards, row["character_id"]))

@@ -88,8 +88,7 @@ def _source(name: str) -> str:
 def _side_by_side(
     inputs: Inputs, candidate: str, champion: str, config: GateConfig, out: Output
 ) -> tuple[dict[str, Any], datetime] | None:
-    """What people preferred in conversations that went on with either model, if any was held with these two: pairs of
-    mode `interactive` whose pool held both (Sec. 2.5.1)."""
+    """What people preferred who saw these two models side by side, if any has answered by now (Sec. 2.5.1)."""
     from flywheel_tasks.core.quarantine import of_others
     from flywheel_tasks.evaluation.human import compare
 
@@ -126,8 +125,8 @@ STAGE = Stage(
         "benchmarks": Input("benchmarks", "benchmarks", optional=True),
         "pointwise": Input("preference-pointwise", "report", optional=True),
         "pairwise": Input("preference-pairwise", "report", optional=True),
-        "annotations": Input("annotate-import", "annotations", optional=True),
-        "shown": Input("annotate-export", "tasks", optional=True),
+        "annotations": Input("side-by-side-import", "annotations", optional=True),
+        "shown": Input("side-by-side", "tasks", optional=True),
     },
     outputs={"decision": "json", "evidence": "json", "page": "file"},
     config=GateConfig,

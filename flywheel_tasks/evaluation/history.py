@@ -40,49 +40,59 @@ class Version:
 
 
 class Row(NamedTuple):
-    """A row of Table 10. `good` says which direction is an improvement, `column` how the paper's table names it."""
+    """A row of Table 10. `good` says which direction is an improvement; most rows are shares, and most columns of the
+    paper's table are called as the row is, with _pct."""
 
     name: str
     label: str
-    unit: str
-    good: str
-    column: str
+    good: str = ""
+    unit: str = "share"
+    named: str = ""
+
+    @property
+    def column(self) -> str:
+        """What the paper's table calls it."""
+        return self.named or f"{self.name}_pct"
 
 
 ENGAGEMENT = (
-    Row("breadth", "Engagement breadth lift", "lift", "up", "breadth_lift_pct"),
-    Row("depth", "Engagement depth lift", "lift", "up", "depth_lift_pct"),
+    Row("breadth", "Engagement breadth lift", "up", "lift", "breadth_lift_pct"),
+    Row("depth", "Engagement depth lift", "up", "lift", "depth_lift_pct"),
 )
 COMPARISON = (
-    Row("human_win_vs_baseline", "Human win rate vs baseline", "share", "up", "human_win_vs_gpt4o_pct"),
-    Row("human_win_rate", "Human win rate vs previous", "share", "up", "human_win_vs_previous_pct"),
-    Row("pointwise_internal", "Pointwise RM win rate (internal)", "share", "band", "rm_pointwise_internal_win_pct"),
-    Row("pointwise_user", "Pointwise RM win rate (user)", "share", "band", "rm_pointwise_user_win_pct"),
-    Row("pairwise_user", "Pairwise RM win rate (user)", "share", "band", "rm_pairwise_user_win_pct"),
+    Row("human_win_vs_baseline", "Human win rate vs baseline", "up", named="human_win_vs_gpt4o_pct"),
+    Row("human_win_rate", "Human win rate vs previous", "up", named="human_win_vs_previous_pct"),
+    Row("pointwise_internal", "Pointwise RM win rate (internal)", "band", named="rm_pointwise_internal_win_pct"),
+    Row("pointwise_user", "Pointwise RM win rate (user)", "band", named="rm_pointwise_user_win_pct"),
+    Row("pairwise_user", "Pairwise RM win rate (user)", "band", named="rm_pairwise_user_win_pct"),
 )
 CHARACTERISTICS = (
-    Row("false_refusal_internal", "False refusal (internal)", "share", "down", "false_refusal_internal_pct"),
-    Row("false_refusal_user", "False refusal (user)", "share", "down", "false_refusal_user_pct"),
-    Row("cooperative_ratio", "Cooperative ratio", "share", "up", "cooperative_ratio_pct"),
-    Row("average_length", "Avg. response length (tokens)", "tokens", "", "avg_response_tokens"),
-    Row("contains_list", "Contains list", "share", "", "contains_list_pct"),
-    Row("contains_emoji", "Contains emoji", "share", "", "contains_emoji_pct"),
-    Row("positive_sentiment", "Positive sentiment", "share", "up", "positive_sentiment_pct"),
-    Row("preachy_tone", "Preachy tone", "share", "down", "preachy_tone_pct"),
-    Row("non_preachy_rate", "Non-preachy rate", "share", "up", "non_preachy_pct"),
-    Row("instruction_violation", "Instruction violation", "share", "down", "instruction_violation_pct"),
-    Row("wall_of_text", "Wall-of-text failure", "share", "down", "wall_of_text_pct"),
-    Row("templated_responses", "Templated responses", "share", "down", "templated_pct"),
+    Row("false_refusal_internal", "False refusal (internal)", "down"),
+    Row("false_refusal_user", "False refusal (user)", "down"),
+    Row("cooperative_ratio", "Cooperative ratio", "up"),
+    Row("average_length", "Avg. response length (tokens)", unit="tokens", named="avg_response_tokens"),
+    Row("contains_list", "Contains list"),
+    Row("contains_emoji", "Contains emoji"),
+    Row("positive_sentiment", "Positive sentiment", "up"),
+    Row("preachy_tone", "Preachy tone", "down"),
+    Row("non_preachy_rate", "Non-preachy rate", "up", named="non_preachy_pct"),
+    Row("instruction_violation", "Instruction violation", "down"),
+    Row("wall_of_text", "Wall-of-text failure", "down"),
+    Row("templated_responses", "Templated responses", "down", named="templated_pct"),
 )
 """In the order of Figure 10: false refusal and cooperation, formatting, tone, quality."""
-BENCHMARKS = tuple(
-    Row(name, label, "share", "up", f"{name}_pct")
-    for name, label in (
-        ("math", "MATH"), ("gsm8k", "GSM8K"), ("mbpp", "MBPP"), ("humaneval", "HumanEval"), ("hellaswag", "HellaSwag"),
-        ("mmlu", "MMLU"), ("arc_challenge", "ARC Challenge"), ("arc_easy", "ARC Easy"), ("gpqa", "GPQA"),
-        ("ifeval", "IFEval"),
-    )
-)  # fmt: skip
+BENCHMARKS = (
+    Row("math", "MATH", "up"),
+    Row("gsm8k", "GSM8K", "up"),
+    Row("mbpp", "MBPP", "up"),
+    Row("humaneval", "HumanEval", "up"),
+    Row("hellaswag", "HellaSwag", "up"),
+    Row("mmlu", "MMLU", "up"),
+    Row("arc_challenge", "ARC Challenge", "up"),
+    Row("arc_easy", "ARC Easy", "up"),
+    Row("gpqa", "GPQA", "up"),
+    Row("ifeval", "IFEval", "up"),
+)
 GROUPS: dict[str, tuple[Row, ...]] = {
     "User engagement": ENGAGEMENT,
     "Comparison": COMPARISON,
@@ -98,9 +108,7 @@ def groups(versions: list[Version]) -> dict[str, tuple[Row, ...]]:
     """Table 10's rows that any version has a number for."""
     known = {name for v in versions for name in v.numbers}
     languages = tuple(
-        Row(name, name.removeprefix(LANGUAGE), "share", "up", name)
-        for name in sorted(known)
-        if name.startswith(LANGUAGE)
+        Row(name, name.removeprefix(LANGUAGE), "up") for name in sorted(known) if name.startswith(LANGUAGE)
     )
     rows = GROUPS | {"Language match rates": languages}
     named = {title: tuple(row for row in found if row.name in known) for title, found in rows.items()}

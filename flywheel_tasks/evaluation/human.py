@@ -1,7 +1,8 @@
 """Human comparison of two models, side by side in a conversation (Sec. 2.5.1).
 
-At each turn an annotator sees a response of both models. Whichever they prefer, the conversation goes on with one of
-the two drawn at random (`annotation.sessions`), so that the history favours neither. What counts is the preferences.
+At each turn an annotator sees a response of both models (`annotation.side_by_side`). Whichever they prefer, the
+conversation goes on with one of the two drawn at random (`annotation.sessions`), so that the history favours neither.
+What counts is the preferences.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.stats.winrate import WinRate, win_rate
 
-MODE = "interactive"
 _OUTCOME = {"y0": 1.0, "y1": 0.0, "tie": 0.5, "neither": 0.5}
 
 
@@ -39,21 +39,19 @@ def compare(
     draws: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """The candidate's win-rate over the champion from interactive annotations; a tie and 'neither' are half a win.
+    """The candidate's win-rate over the champion; a tie and 'neither' are half a win.
 
     Turns of one conversation are alike, and so are conversations of one character: the interval resamples characters.
     Several annotators of one turn are averaged by majority, so that a turn shown to many counts once.
     """
     left_out: dict[str, int] = {}
-    mine = annotations.filter(pc.equal(annotations.column("mode"), MODE))
-    left_out["another_mode"] = annotations.num_rows - mine.num_rows
-    strange = set(mine.column("preferred").unique().to_pylist()) - set(_OUTCOME)
+    strange = set(annotations.column("preferred").unique().to_pylist()) - set(_OUTCOME)
     if strange:
         raise InputError(f"annotations: preferred '{sorted(map(str, strange))[0]}' is not one of {', '.join(_OUTCOME)}")
-    at = pc.index_in(mine.column("pair_id"), pairs.column("pair_id"))
+    at = pc.index_in(annotations.column("pair_id"), pairs.column("pair_id"))
     known = np.asarray(pc.is_valid(at))
     left_out["unknown_pair"] = int((~known).sum())
-    rows = mine.filter(pa.array(known))
+    rows = annotations.filter(pa.array(known))
     shown = pairs.take(pc.drop_null(at))
     first, second = (np.asarray(shown.column(name).to_pylist(), dtype=object) for name in ("policy0", "policy1"))
     forward, backward = (first == candidate) & (second == champion), (first == champion) & (second == candidate)

@@ -135,7 +135,7 @@ def _short(model: str) -> str:
 def _changes(version: Version) -> list[dict[str, str]]:
     """Every metric of both models, with the interval of the change where both have one."""
     languages = [
-        Row(n, f"Language match ({n.removeprefix(LANGUAGE)})", "share", "up", n)
+        Row(n, f"Language match ({n.removeprefix(LANGUAGE)})", "up")
         for n in sorted(version.numbers)
         if n.startswith(LANGUAGE)
     ]

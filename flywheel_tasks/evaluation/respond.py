@@ -17,7 +17,7 @@ from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig, Operational, StageConfig, model_of
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
-from flywheel_tasks.core.quarantine import of_others
+from flywheel_tasks.core.quarantine import of_others, without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.evaluation.versus import CANDIDATE, CHAMPION, SETS
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
@@ -60,7 +60,8 @@ def run(inputs: Inputs, config: RespondConfig, out: Output) -> None:
     has (same weights, same card and turns, same sampling) is taken from there."""
     from flywheel_tasks.models.generate import cards
 
-    prompts = _chosen(of_others(inputs["prompts"].read(), inputs.forgotten), config.most_prompts)
+    chosen = _chosen(inputs["prompts"].read(), config.most_prompts)
+    prompts, forgotten = without(chosen, inputs.forgotten, "prompt_id")
     overlap = _leaks(inputs, prompts, config)
     characters = cards(inputs["characters"].read())
     earlier = _Earlier.of(inputs)
@@ -89,7 +90,8 @@ def run(inputs: Inputs, config: RespondConfig, out: Output) -> None:
         "prompts": sizes,
     })  # fmt: skip
     out.json("contents", {key: sorted(draws) for key, draws in contents.items()})
-    out.account("response", rows_in=written, rows_out=written)
+    out.reject(forgotten)
+    out.account("response", rows_in=written + forgotten.num_rows, rows_out=written)
     for name, found in counts.items():
         out.metric(f"{name}.failed", found["failed"])
 

@@ -82,11 +82,6 @@ class RlConfig(LearnConfig):
             )
         if self.lora and self.lora.dropout:
             raise ValueError("lora.dropout: ratios compare the policy with what the engine served, so nothing may drop")
-        if self.placement.shard:
-            raise ValueError(
-                "placement.shard: weights of a sharded policy can't be handed to the engines yet: train adapters on "
-                "whole copies"
-            )
         odd = [
             name
             for name, every in (("guardrail.every", self.guardrail.every), ("placement.save_every", self.save_every))

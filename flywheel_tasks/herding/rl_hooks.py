@@ -1,13 +1,17 @@
 """What happens around every step of online RL (Sec. 2.4.3): batches come in, weights go out, guardrails watch.
 
-All of them run in the learners. The first learner alone speaks to the rollouts; the others get its batch from it.
+All of them run in the learners. The first learner alone speaks to the rollouts; the others get its batch from it, and
+of a sharded policy they take part in every pass and wherever weights are put together.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,9 +24,10 @@ from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.herding import guardrail
 from flywheel_tasks.herding.guardrail import GuardrailConfig
 from flywheel_tasks.herding.rollouts import OTHER_MACHINE, Rollouts
-from flywheel_tasks.models.checkpoint import merged_weights
+from flywheel_tasks.models.checkpoint import merged_shapes, merged_weights
 from flywheel_tasks.models.probe import ProbeConfig, probe
-from flywheel_tasks.models.sync import SharedWeights
+from flywheel_tasks.models.sync import SharedWeights, Transfer, from_device, gpu
+from flywheel_tasks.training.shard import is_spread
 from flywheel_tasks.training.task import After, Stop, Values
 
 if TYPE_CHECKING:
@@ -81,10 +86,13 @@ class Sync:
     ) -> None:
         self._rollouts, self._prompts, self._config, self._updates = rollouts, prompts, config, updates
         self._shared = SharedWeights()
+        self._transfer: Transfer | None = None
         self._module: nn.Module | None = None
         self._ended = time.monotonic()
 
     def start(self, module: nn.Module) -> None:
+        if module is not self._module and _rank() == 0:
+            self._transfer = self._opened(module)
         self._module = module
         self._hand_over(module)
         self._ended = time.monotonic()
@@ -110,13 +118,31 @@ class Sync:
 
     def _hand_over(self, module: nn.Module) -> dict[str, float]:
         if _rank() != 0:
+            if is_spread(module):
+                deque(merged_weights(module), maxlen=0)  # type: ignore[arg-type]
+                Logprobs(module).along()
             return {}
         began = time.monotonic()
-        path = self._shared.write(merged_weights(module))  # type: ignore[arg-type]
-        self._rollouts.ask("serve", path)
-        self._shared.keep_only(path)
+        if self._transfer is not None:
+            self._transfer.send()
+        else:
+            path = self._shared.write(merged_weights(module))  # type: ignore[arg-type]
+            self._rollouts.ask("serve", path)
+            self._shared.keep_only(path)
         drift = probe(cast("Engine", _Engine(self._rollouts)), self._prompts, Logprobs(module), self._config)
         return drift.metrics() | {"seconds/sync": time.monotonic() - began}
+
+    def _opened(self, module: nn.Module) -> Transfer | None:
+        """The way from device to device, where it is the way; the engines find this process at its node's address."""
+        engine_gpus = self._rollouts.ask("gpus")
+        if not from_device(engine_gpus, gpu(next(module.parameters()).device)):
+            return None
+        import ray
+
+        return Transfer(
+            partial(self._rollouts.ask, "transfer"), partial(merged_shapes, module), partial(merged_weights, module),
+            engine_gpus=len(engine_gpus), address=ray.util.get_node_ip_address(),
+        )  # fmt: skip
 
 
 class Watch:
@@ -141,7 +167,11 @@ class Watch:
 
     def after_step(self, at: After) -> Stop | Values | None:
         done = at.step + 1
-        if at.rank != 0 or (done % self._config.every and done != self._steps):
+        if done % self._config.every and done != self._steps:
+            return None
+        if at.rank != 0:
+            if is_spread(at.module):
+                _kl_to_start(at.module, None, self._temperature)
             return None
         began = time.monotonic()
         drawn: Drawn = self._rollouts.ask("respond", self._prompts, 1, f"step-{done}")
@@ -200,7 +230,16 @@ class Logprobs:
     def __init__(self, module: nn.Module, temperature: float = 1.0) -> None:
         self._module, self._temperature = module, temperature
 
+    def along(self) -> None:
+        """The passes that the first learner asks for: a sharded policy takes all of them."""
+        self._passes(*_asked(None))
+
     def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
+        if is_spread(self._module):
+            _asked([list(map(list, prompts)), list(map(list, responses))])
+        return self._passes(prompts, responses)
+
+    def _passes(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[float]]:
         from flywheel_tasks.models.packed import pack
 
         device = next(self._module.parameters()).device
@@ -228,23 +267,25 @@ class _Engine:
         return drawn
 
 
-def _kl_to_start(module: nn.Module, drawn: Drawn, temperature: float) -> float | None:
+def _kl_to_start(module: nn.Module, drawn: Drawn | None, temperature: float) -> float | None:
     """Mean KL per token to the policy that the run began with, which adapters leave in place; fully tuned weights do
-    not, and π_ref's KL is logged every step in either case."""
+    not, and π_ref's KL is logged every step in either case. Without `drawn` this is another learner that goes along."""
     from flywheel_tasks.models.load import Policy
 
     if not isinstance(module, Policy) or not hasattr(module.model, "disable_adapter"):
         return None
+    if drawn is None:
+        with module.reference():
+            Logprobs(module, temperature).along()
+        return None
     k = len(drawn.responses) // len(drawn.prompts)
     prompts = [prompt for prompt in drawn.prompts for _ in range(k)]
     known = [i for i, response in enumerate(drawn.responses) if response.tokens]
-    if not known:
-        return None
     sums: NDArray[np.float64] = np.full(len(prompts), np.nan)
     with module.reference():
         found = Logprobs(module, temperature)([prompts[i] for i in known], [drawn.responses[i].tokens for i in known])
     sums[known] = [float(np.sum(values)) for values in found]
-    return guardrail.mean_kl(drawn.completions, sums)
+    return guardrail.mean_kl(drawn.completions, sums) if known else None
 
 
 def _rank() -> int:
@@ -255,16 +296,27 @@ def _shared(table: pa.Table | None, cursor: int) -> tuple[pa.Table, int]:
     """The first worker's batch at every worker, as Arrow's own bytes."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return table, cursor
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     raw = b""
     if table is not None and dist.get_rank() == 0:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         raw = sink.getvalue().to_pybytes()
-    head = torch.tensor([len(raw), cursor], dtype=torch.int64, device=device)
+    raw, cursor = _from_first(raw, cursor)
+    return pa.ipc.open_stream(raw).read_all(), cursor
+
+
+def _asked(lists: list[Any] | None) -> Any:
+    """The first worker's lists of token ids at every worker, as JSON."""
+    return json.loads(_from_first(b"" if lists is None else json.dumps(lists).encode(), 0)[0])
+
+
+def _from_first(raw: bytes, number: int) -> tuple[bytes, int]:
+    """Bytes and a number of the first worker, at every worker."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    head = torch.tensor([len(raw), number], dtype=torch.int64, device=device)
     dist.broadcast(head, 0)
     body = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device) if raw else None
     body = torch.empty(int(head[0]), dtype=torch.uint8, device=device) if body is None else body
     dist.broadcast(body, 0)
-    return pa.ipc.open_stream(body.cpu().numpy().tobytes()).read_all(), int(head[1])
+    return body.cpu().numpy().tobytes(), int(head[1])

@@ -103,9 +103,9 @@ def rollouts(setup: Setup, *, gpus: float, deadline_s: float) -> Iterator[Far]:
 
 def reachable(far: Far, placement: PlacementConfig) -> None:
     """On a cluster, before anything is generated: that a process placed as the learners will be shares memory with the
-    engines. One machine has nothing to ask."""
+    engines. One machine has nothing to ask, nor have learners and engines on GPUs: they need no common memory."""
     ray = session.ensure()
-    if sum(node["Alive"] for node in ray.nodes()) > 1:
+    if sum(node["Alive"] for node in ray.nodes()) > 1 and not (placement.gpus and far.ask("gpus")):
         ask_as_learner(far, placement)
 
 

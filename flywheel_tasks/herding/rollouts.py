@@ -40,8 +40,8 @@ _LOOKED_AT = 64
 _KEPT = 4
 """Rollouts whose metrics are remembered: with overlap one more than the learner has asked for."""
 OTHER_MACHINE = (
-    "the learner's weights are not on the engines' machine: rl hands them over through shared memory, so the learners "
-    "and the rollouts must be on one node"
+    "the learner's weights are not on the engines' machine: without GPUs of their own on both sides rl hands them over "
+    "through shared memory, so the learners and the rollouts must be on one node"
 )
 
 
@@ -189,6 +189,14 @@ class Rollouts:
         if not Path(path).exists():
             raise FlywheelError(OTHER_MACHINE)
         return self._engine.update(path)
+
+    def gpus(self) -> list[str]:
+        """The GPUs that the engines run on."""
+        return self._engine.gpus
+
+    def transfer(self, method: str, info: dict[str, Any] | None = None) -> None:
+        """One call of vLLM's weight transfer, to every engine."""
+        self._engine.transfer(method, info)
 
     def draw(self, requests: Sequence[Request], sampling: Sampling, replica: int | None = None) -> list[Completion]:
         """Plain generation, for the probe."""

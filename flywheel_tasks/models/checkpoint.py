@@ -27,17 +27,42 @@ def save_scorer(scorer: RewardModel, tokenizer: Any, folder: Path) -> None:
 
 
 def merged_weights(policy: Policy | RewardModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its transformers name, adapters merged in fp32 and rounded once. The module stays as it is."""
+    """Every weight under its transformers name, adapters merged in fp32 and rounded once. The module stays as it is.
+
+    A sharded policy's weights are put together one by one, so all its workers must go through them; they come in the
+    dtype that it computes in."""
     base = _base(policy.model)
     adapters = {name: module for name, module in base.named_modules() if getattr(module, "lora_A", None)}
     with torch.no_grad():
-        for name, parameter in base.named_parameters():
-            if ".lora_" in name:
-                continue
+        for name, owner, parameter in _merged_names(base):
+            weight = _whole(parameter.detach())
+            yield name, (_merged(weight, adapters[owner]) if owner else weight).to(_dtype(base, parameter))
+
+
+def merged_shapes(policy: Policy | RewardModel) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """What `merged_weights` will give, without a tensor of it."""
+    base = _base(policy.model)
+    for name, _, parameter in _merged_names(base):
+        yield name, _dtype(base, parameter), tuple(parameter.shape)
+
+
+def _merged_names(base: Any) -> Iterator[tuple[str, str, Tensor]]:
+    """(name without adapters, the module whose adapter is merged into it or empty, parameter)"""
+    for name, parameter in base.named_parameters():
+        if ".lora_" not in name:
             owner, _, leaf = name.rpartition(".base_layer.")
-            if owner and leaf == "weight":
-                parameter = _merged(parameter, adapters[owner])
-            yield (f"{owner}.{leaf}" if owner else name), parameter.detach()
+            yield (f"{owner}.{leaf}" if owner else name), owner * (leaf == "weight"), parameter
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
+def _dtype(base: Any, parameter: Tensor) -> torch.dtype:
+    """Shards of what is trained are fp32, and computed in what the model was loaded in."""
+    dtype: torch.dtype = base.config.dtype if hasattr(parameter, "full_tensor") else parameter.dtype
+    return dtype
 
 
 def _base(model: Any) -> Any:
@@ -50,7 +75,7 @@ def _merged(weight: Tensor, module: Any) -> Tensor:
     delta = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for name in module.active_adapters:
         if name in module.lora_A:
-            delta += module.get_delta_weight(name).float()
+            delta += _whole(module.get_delta_weight(name)).float()
     return (weight.float() + delta).to(weight.dtype)
 
 

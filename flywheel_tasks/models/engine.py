@@ -71,6 +71,8 @@ class Engine:
         self._about: list[wire.Described | None] = [None] * config.replicas
         self._shared = SharedWeights()
         self._served: str | None = None
+        self._sent = False
+        """Whether the engines serve what was sent from device to device, which no file holds."""
         self._round = threading.Lock()
         self._closed = False
         self._totals = dict.fromkeys(STATS, 0.0)
@@ -133,6 +135,11 @@ class Engine:
     @property
     def platform(self) -> str:
         return self._description.platform
+
+    @property
+    def gpus(self) -> list[str]:
+        """The GPU of every worker of every replica; none on CPU."""
+        return [gpu for about in self._about if about for gpu in about.gpus]
 
     @property
     def pids(self) -> list[int]:
@@ -311,6 +318,7 @@ class Engine:
             except EngineLost as why:
                 raise FlywheelError(f"the engine did not take the new weights: {why}") from why
             self._shared.keep_only(path)
+            self._sent = False
             return time.perf_counter() - started
         finally:
             self._round.release()
@@ -326,6 +334,8 @@ class Engine:
 
     def transfer(self, method: str, info: dict[str, object] | None = None) -> None:
         """One step of vLLM's own weight transfer on every engine; `sync.Transfer` drives it."""
+        if not self._round.acquire(blocking=False):
+            raise FlywheelError("a round of generation is running: weights are updated between rounds")
 
         def step(number: int) -> None:
             own = info
@@ -334,8 +344,14 @@ class Engine:
             order = wire.Transfer(method, own)  # type: ignore[arg-type]
             _call(self._ready(number), order, self._config.stall_seconds, wire.Done)
 
-        with ThreadPoolExecutor(len(self._links)) as pool:
-            list(pool.map(step, range(len(self._links))))
+        try:
+            with ThreadPoolExecutor(len(self._links)) as pool:
+                list(pool.map(step, range(len(self._links))))
+        except EngineLost as why:
+            raise FlywheelError(f"the engine did not take the new weights at {method}: {why}") from why
+        finally:
+            self._sent = self._sent or method == "start_weight_update"
+            self._round.release()
 
     # -- processes
 
@@ -345,6 +361,11 @@ class Engine:
             return link
         if self._closed:
             raise FlywheelError("this engine is closed: generate inside its `with` block")
+        if self._sent:
+            raise FlywheelError(
+                "an engine was lost after its weights had come from device to device, and a new one would serve those "
+                "of its file: the next attempt goes on from the last checkpoint"
+            )
         link = self._links[number] = connect(self._start.tensor_parallel, len(self._links))
         try:
             self._about[number] = _call(link, self._start, self._config.start_seconds, wire.Described)

@@ -93,6 +93,7 @@ class Described(msgspec.Struct, frozen=True, tag=True):
     context: int
     vocabulary: int
     stop: list[int]
+    gpus: list[str]
     seconds: float
 
 

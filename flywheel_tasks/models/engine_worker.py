@@ -119,6 +119,7 @@ class EngineWorker:
             context=self._context,
             vocabulary=self._vocabulary,
             stop=self._stop,
+            gpus=[] if cpu else self._rpc("gpu_name"),
             seconds=time.perf_counter() - started,
         )
 
@@ -198,8 +199,9 @@ class EngineWorker:
 
     # -- weights
 
-    def _rpc(self, method: str, *args: Any) -> None:
-        self._engine.engine_core.collective_rpc(method, args=args)
+    def _rpc(self, method: str, *args: Any) -> list[Any]:
+        found: list[Any] = self._engine.engine_core.collective_rpc(method, args=args)
+        return found
 
     def _forget_prefixes(self) -> None:
         """Keys and values of the old weights must not meet the new ones; an update alone leaves them in the cache."""

@@ -71,7 +71,7 @@ def load_scorer(
 
     saved = _about(Path(folder))
     kind, names = _agreed(Path(folder), saved, kind, tuple(names))
-    model = prepare(read(AutoModel, folder, dtype), lora, device, trainable, checkpoint_layers, seed)
+    model = prepare(read(AutoModel, folder, dtype, device), lora, device, trainable, checkpoint_layers, seed)
     known = saved.get("max_tokens") if saved else None
     scorer = RewardModel(model, kind, names, seed, max_tokens or known).to(device)
     if saved is not None:

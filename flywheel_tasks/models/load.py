@@ -57,12 +57,13 @@ def load_policy(
     else all weights; `checkpoint_layers` recomputes layers in the backward pass and keeps their inputs only."""
     from transformers import AutoModelForCausalLM
 
-    model = read(AutoModelForCausalLM, folder, dtype)
+    model = read(AutoModelForCausalLM, folder, dtype, device)
     return Policy(prepare(model, lora, device, trainable, checkpoint_layers, seed))
 
 
-def read(loader: Any, folder: str | Path, dtype: torch.dtype) -> Any:
-    """A pretrained model of a local folder, set up for packed batches."""
+def read(loader: Any, folder: str | Path, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
+    """A pretrained model of a local folder, set up for packed batches. On the `meta` device it is the same model
+    without weights, and none are read."""
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -70,6 +71,8 @@ def read(loader: Any, folder: str | Path, dtype: torch.dtype) -> Any:
     # A trunk leaves the file's lm_head unread, and would say so; what matters is checked below.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if _is_meta(device):
+        return _skeleton(loader, folder, dtype)
     try:
         model, found = loader.from_pretrained(
             folder,
@@ -87,6 +90,24 @@ def read(loader: Any, folder: str | Path, dtype: torch.dtype) -> Any:
         first, *more = sorted(found["missing_keys"])
         raise InputError(f"model {folder} lacks {first} and {len(more)} more weights: fetch the folder again")
     return model
+
+
+def _is_meta(device: torch.device | str | None) -> bool:
+    return device is not None and torch.device(device).type == "meta"
+
+
+def _skeleton(loader: Any, folder: str | Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise InputError(f"model {folder} cannot be loaded: {reason}: check the folder, or fetch it again") from error
+    with torch.device("meta"):
+        return loader.from_config(
+            config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False
+        ).eval()
 
 
 def prepare(
@@ -120,7 +141,8 @@ def _with_adapters(model: Any, lora: Lora, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            with next(model.parameters()).device:
+                return get_peft_model(model, config)
         except ValueError as error:
             known = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
             raise InputError(

@@ -8,7 +8,9 @@ sums Σ_v p_v W_v, because ∂ log p(y)/∂h = W_y − Σ_v p_v W_v: a frozen he
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -99,30 +101,24 @@ class _TokenLogprobs(torch.autograd.Function):
 def _chunk(states: Tensor, head: Tensor, tokens: Tensor, temperature: float, pulled: bool) -> tuple[Tensor, ...]:
     """log p, log-sum-exp, entropy, and W_y − Σ p W (empty unless `pulled`) of some rows, in one pass over the words."""
     n = states.shape[0]
-    width = _WORDS.get(states.device.type, 2048)
-    factor = _LOG2E / temperature
+    kind = states.device.type
+    width = _WORDS.get(kind, 2048)
+    fold = _compiled() if kind == "cuda" else _fold
     peak = states.new_full((n, 1), float("-inf"), dtype=torch.float32)
     total, weighted, chosen = (torch.zeros_like(peak) for _ in range(3))
     pull = torch.zeros_like(states, dtype=torch.float32) if pulled else None
     low = states.new_empty(n * width)
-    wide = states.new_empty(n * width, dtype=torch.float32)
+    wide = None if kind == "cuda" else states.new_empty(n * width, dtype=torch.float32)
     for begin in range(0, head.shape[0], width):
         block = head[begin : begin + width]
         m = block.shape[0]
-        z, e = (buffer[: n * m].view(n, m) for buffer in (low, wide))
-        torch.mm(states, block.t(), out=z)
-        inside = (tokens >= begin) & (tokens < begin + m)
-        place = (tokens - begin).clamp_(0, m - 1)[:, None]
-        chosen += z.gather(1, place).float() * inside[:, None]
-        higher = torch.maximum(peak, z.amax(1, keepdim=True).float())
-        shrink = torch.exp2((peak - higher) * factor)
-        peak = higher
-        e.copy_(z)
-        torch.add(peak * -factor, e, alpha=factor, out=e).exp2_()
-        total = total * shrink + e.sum(1, keepdim=True)
+        z = torch.mm(states, block.t(), out=low[: n * m].view(n, m))
+        e = None if wide is None else wide[: n * m].view(n, m)
+        p, shrink, peak, total, weighted, chosen = fold(
+            z, e, tokens - begin, _LOG2E / temperature, pulled, peak, total, weighted, chosen
+        )
         if pull is not None:
-            pull.mul_(shrink).add_(e.to(z.dtype) @ block)
-        weighted = weighted * shrink + e.mul_(z).sum(1, keepdim=True)
+            pull.mul_(shrink).add_(p @ block)
     lse = peak / temperature + total.log()
     logprob = chosen / temperature - lse
     entropy = lse - weighted / total / temperature
@@ -130,6 +126,32 @@ def _chunk(states: Tensor, head: Tensor, tokens: Tensor, temperature: float, pul
     if pull is not None:
         out = head[tokens].to(torch.float32).sub_(pull.div_(total)).to(states.dtype)
     return logprob[:, 0], lse[:, 0], entropy[:, 0], out
+
+
+def _fold(
+    z: Tensor, e: Tensor | None, places: Tensor, factor: float, pulled: bool,
+    peak: Tensor, total: Tensor, weighted: Tensor, chosen: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """One block of logits `z` into the running softmax: what the second product needs of it (empty unless `pulled`),
+    the factor for what was summed before, and the new maximum, Σ exp, Σ exp · z and chosen logits. `places` are the
+    tokens, counted from the block's first word; `e` is room for the exponentials, where the caller has some."""
+    m = z.shape[1]
+    inside = (places >= 0) & (places < m)
+    chosen = chosen + z.gather(1, places.clamp(0, m - 1)[:, None]).float() * inside[:, None]
+    higher = torch.maximum(peak, z.amax(1, keepdim=True).float())
+    shrink = torch.exp2((peak - higher) * factor)
+    e = z.to(torch.float32, copy=True) if e is None else e.copy_(z)
+    e = torch.add(higher * -factor, e, alpha=factor, out=e).exp2_()
+    total = total * shrink + e.sum(1, keepdim=True)
+    p = e.to(z.dtype, copy=True) if pulled else z.new_empty(0)
+    weighted = weighted * shrink + e.mul_(z).sum(1, keepdim=True)
+    return p, shrink, higher, total, weighted, chosen
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, ...]]:
+    """`_fold` by Inductor, once for all shapes."""
+    return torch.compile(_fold, dynamic=True, fullgraph=True)
 
 
 def _head_gradient(

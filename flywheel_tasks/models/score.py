@@ -6,10 +6,10 @@ Rows that share a beginning go into the same batch, where it is computed once; a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from flywheel_tasks.models.packed import SHORTEST_SHARED, common_length, pack
 from flywheel_tasks.models.resolve import local_folder
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 _LONGEST = 2048
 """For a head that does not say how it was trained."""
 Turns = Sequence[Mapping[str, Any]]
@@ -75,6 +76,10 @@ class Scorer:
         self.dropped_turns = self.too_long = self.tokens = self.computed = 0
         """Turns cut off the histories, rows that did not fit, tokens of all rows, and those that had to be computed."""
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.weight.device
+
     def pointwise(self, rows: Sequence[ScoreRow]) -> Floats:
         """r(x, y) of eq. 1; NaN where a row does not fit."""
         return self._rows("pointwise", rows)[:, 0]
@@ -118,10 +123,9 @@ class Scorer:
     def _logits(self, rows: Sequence[NDArray[np.int32] | None]) -> Floats:
         out = np.full((len(rows), len(self.model.names)), math.nan, np.float32)
         fit = np.array([i for i, row in enumerate(rows) if row is not None], np.int64)
-        device = self.model.weight.device
         with torch.no_grad():
             for batch in batches([row for row in rows if row is not None], self.budget):
-                packed = pack([row for _, row in batch], device=device)
+                packed = pack([row for _, row in batch], device=self.device)
                 self.tokens += len(packed.index)
                 self.computed += len(packed.ids)
                 out[fit[[place for place, _ in batch]]] = self.model(packed).cpu().numpy()
@@ -148,3 +152,9 @@ def batches(rows: Sequence[NDArray[np.int32]], budget: int) -> Iterator[list[tup
 
 def _sigmoid(logits: Floats) -> Floats:
     return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+
+
+def while_or_after(made: Iterator[T], scorer: Scorer) -> Iterable[T]:
+    """What an engine makes, to be scored: while it goes on where the scorer has a device of its own. On a CPU the two
+    would fight for the same cores, each waiting for threads that the other keeps away: in turn they are faster."""
+    return list(made) if scorer.device.type == "cpu" else made

@@ -5,23 +5,24 @@ packed copy of its own. vLLM's reload packs the layers again but leaves that hea
 a warning, so `WeightSync` packs it as well. Loading goes through the model's own `load_weights`, so fused and sharded
 layers of any architecture are right.
 
-Weights travel as one safetensors file in shared memory (`SharedWeights`), so whoever writes them is on the engines'
-machine, on GPUs as on CPU: this is how the stage `rl` hands them over. `Transfer` sends them from device to device by
-vLLM's NCCL weight transfer, across machines too; `rl` does not use it yet.
+There are two ways from a learner to the engines, and `from_device` says which. On CPU weights are one safetensors file
+in shared memory (`SharedWeights`), so both are on one machine. From a GPU to others they go by vLLM's NCCL weight
+transfer (`Transfer`), across machines too: its order of calls and what it announces are tested against vLLM's own
+receiver on CPU, its NCCL part has not been run yet. The logprob probe follows either way.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flywheel_tasks.core.errors import FlywheelError, InputError
 
 if TYPE_CHECKING:
-    from flywheel_tasks.models.engine import Engine
+    from vllm.distributed.weight_transfer.base import WeightSource
 
 EXTENSION = "flywheel_tasks.models.sync.WeightSync"
 
@@ -34,7 +35,11 @@ class WeightSync:
     """Methods that vLLM mixes into its workers (`worker_extension_cls`)."""
 
     model_runner: Any
+    device: Any
     reload_weights: Callable[..., None]
+
+    def gpu_name(self) -> str | None:
+        return gpu(self.device)
 
     def load_synced(self, path: str) -> None:
         """Serve the weights in `path`, a safetensors file or a folder of them, whole."""
@@ -95,47 +100,86 @@ class SharedWeights:
         self.keep_only("")
 
 
+def gpu(device: Any) -> str | None:
+    """A name for the GPU behind a torch device that every process on every machine gives it."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def from_device(engine_gpus: Collection[str], own: str | None) -> bool:
+    """Whether weights go from device to device: a learner on a GPU, and engines on others. Elsewhere the file in shared
+    memory is the way: on CPU the fastest, and on a GPU that both share (one machine, then) NCCL refuses two ranks."""
+    return own is not None and len(engine_gpus) > 0 and own not in engine_gpus
+
+
 class Transfer:
-    """Weights from the learner's GPU to the engines' by NCCL, without a file (vLLM's own weight transfer).
+    """Weights from a learner's GPU to those of the engines by NCCL, without a file (vLLM's own weight transfer).
 
-    No stage uses it yet: it drives the engines from the learner's process, and those of `rl` are behind a Ray actor.
+    It lives in the first learner, which is rank 0 of a group of its own with every worker of every engine; of a sharded
+    policy the other learners only go through the weights along. `call` takes the name and the argument of each of the
+    four calls that vLLM makes to the engines; `declare` says what `weights` will give. Between rounds alone."""
 
-    `engine` was opened on GPUs. One learner process, rank 0, sends, between rounds. An engine that is replaced starts
-    from its file again and needs another `send`; the probe tells."""
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        declare: Callable[[], Iterable[tuple[str, Any, tuple[int, ...]]]],
+        weights: Callable[[], Iterator[tuple[str, Any]]],
+        *,
+        engine_gpus: int,
+        address: str,
+    ) -> None:
+        import torch
 
-    def __init__(self, engine: Engine, module: Any, *, address: str, port: int) -> None:
-        from vllm.distributed.weight_transfer.base import ModuleSource
+        if not torch.cuda.is_available():
+            raise FlywheelError("device transfer needs a GPU in the learner too: set placement.gpus to 1")
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+        from vllm.utils.network_utils import get_open_port
 
-        if engine.platform == "cpu":
-            raise FlywheelError("NCCL needs GPUs at both ends: give an engine on CPU its weights by engine.update")
-        gpus = engine.replicas * engine.tensor_parallel
-        info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=1 + gpus, rank=0)
-        self._trainer = NCCLTrainerWeightTransferEngine.trainer_init(
-            info, client=_TransferClient(engine), source=ModuleSource(module)
+        info = NCCLTrainerInitInfo(
+            master_address=address, master_port=get_open_port(), world_size=1 + engine_gpus, rank=0
+        )
+        self._sender = NCCLTrainerWeightTransferEngine.trainer_init(
+            info, client=Calls(call), source=source(declare, weights)
         )
 
     def send(self) -> None:
-        self._trainer.send_weights()
+        self._sender.send_weights()
 
 
-class _TransferClient:
-    """The four calls vLLM's sender makes to the engines."""
+def source(
+    declare: Callable[[], Iterable[tuple[str, Any, tuple[int, ...]]]], weights: Callable[[], Iterator[tuple[str, Any]]]
+) -> WeightSource:
+    """What vLLM's sender reads: (name, dtype, shape) of every weight, and the weights in the same order."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    class Merged(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(*one) for one in declare()]
+
+        def __iter__(self) -> Iterator[tuple[str, Any]]:
+            return weights()
+
+    return Merged()
+
+
+class Calls:
+    """The four calls that vLLM's sender makes to the engines, by one function that takes a name and an argument."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._engine.transfer("init_weight_transfer_engine", init_info)
+        self._call("init_weight_transfer_engine", init_info)
 
     def start_weight_update(self) -> None:
-        self._engine.transfer("start_weight_update")
+        self._call("start_weight_update")
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._engine.transfer("update_weights", update_info)
+    def update_weights(self, update_info: Any) -> None:
+        self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._engine.transfer("finish_weight_update")
+        self._call("finish_weight_update")
 
 
 def safetensors_files(path: Path) -> list[Path]:

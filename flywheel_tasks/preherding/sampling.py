@@ -23,7 +23,7 @@ from flywheel_tasks.models import generate
 from flywheel_tasks.models.chat import Card, card_of
 from flywheel_tasks.models.engine import STATS, open_engine
 from flywheel_tasks.models.resolve import artifact_folder
-from flywheel_tasks.models.score import Scorer, ScoreRow
+from flywheel_tasks.models.score import Scorer, ScoreRow, while_or_after
 from flywheel_tasks.preherding import router, selection
 from flywheel_tasks.preherding.rejection_config import RejectionConfig
 from flywheel_tasks.preherding.selection import NONE, Floats
@@ -96,7 +96,8 @@ def run(prompts: pa.Table, inputs: Inputs, config: RejectionConfig, out: Output)
     drawn = Drawn()
     for place, (name, model) in enumerate(pool.items()):
         mine = prompts.filter(pa.array([policy == name for policy in chosen]))
-        for table in _generated(name, f"policy-{place}", model, mine, characters, config, out, drawn, prompts.num_rows):
+        made = _generated(name, f"policy-{place}", model, mine, characters, config, out, drawn, prompts.num_rows)
+        for table in while_or_after(made, judges.reward):
             drawn.tables.append(table)
             drawn.scores.append(judges.scores(table))
     drawn.stats |= {
@@ -120,6 +121,7 @@ def _generated(
     """The policy's completions as they get ready; the engine goes on while a chunk is scored."""
     if not prompts.num_rows:
         return
+    done = sum(table.num_rows for table in drawn.tables) // config.sampling.k
     sampling = config.sampling.seeded(out.seed)
     with open_engine(model, config.engine) as engine:
         template = generate.template_of(engine)
@@ -130,7 +132,7 @@ def _generated(
         )  # fmt: skip
         for chunk in chunks:
             yield chunk.table
-            done = sum(table.num_rows for table in drawn.tables) // config.sampling.k
+            done += chunk.table.num_rows // config.sampling.k
             out.progress(done, total, "prompts")
         for key, value in engine.stats().items():
             drawn.stats[key] += value

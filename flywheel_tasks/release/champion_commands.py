@@ -5,24 +5,19 @@ from __future__ import annotations
 import getpass
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from flywheel_tasks.core.commands import Settings, configured
 from flywheel_tasks.core.config import FlywheelConfig, without_password
-from flywheel_tasks.core.errors import FlywheelError, InputError
+from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.release import champion as rules
 from flywheel_tasks.release import ledger
 
 UNCHANGED = 3
 
-Settings = Callable[[str | None, str | None, Sequence[str] | None], FlywheelConfig]
-Profile = Annotated[str | None, typer.Option("--profile", help="Whose store and tracking server.")]
-ConfigFile = Annotated[str | None, typer.Option("--config", help="A YAML file instead of a profile.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override one key: --set store.uri=s3://bucket/x.")]
 By = Annotated[str | None, typer.Option("--by", help="Who decides (default: the user at this machine).")]
 Why = Annotated[str, typer.Option("--why", help="The reason; it is kept in the ledger.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -30,88 +25,81 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")
 
 def register(app: typer.Typer, settings: Settings) -> None:
     """Add the commands; `settings` builds the configuration from profile, file and overrides."""
+    over = configured(settings, "Whose store and tracking server.")
 
     @app.command()
+    @over
     def answer(
+        config: FlywheelConfig,
         said: Annotated[str, typer.Argument(help="approve, reject, or timeout (nobody answered in time).")],
         cycle: Annotated[str, typer.Option("--cycle", help="The cycle whose gate said HOLD.")],
         why: Why = "",
         by: By = None,
-        profile: Profile = None,
-        config: ConfigFile = None,
-        set_: Set = None,
     ) -> None:
         """Answer a HOLD of the gate. The first answer stands; it is kept with who gave it and why."""
-        with one_line():
-            if said not in ("approve", "reject", "timeout"):
-                raise InputError(f"'{said}' is no answer: say approve, reject or timeout")
-            store, chosen = _open(settings(profile, config, set_))
-            gate = _artifact(store, cycle, "gate")
-            record = gate.manifest.inputs["responses"]
-            model = rules.answered_as(store.get(record.stage, record.key), "candidate")
-            age = chosen.stages["promote"].max_age_days  # type: ignore[attr-defined]
-            entry = rules.answer(store, gate, model, said, by or getpass.getuser(), why, age)  # type: ignore[arg-type]
-            _report(entry, store, chosen)
+        if said not in ("approve", "reject", "timeout"):
+            raise InputError(f"'{said}' is no answer: say approve, reject or timeout")
+        store = Store(config.store.uri)
+        gate = _artifact(store, cycle, "gate")
+        record = gate.manifest.inputs["responses"]
+        model = rules.answered_as(store.get(record.stage, record.key), "candidate")
+        age = config.stages["promote"].max_age_days  # type: ignore[attr-defined]
+        entry = rules.answer(store, gate, model, said, by or getpass.getuser(), why, age)  # type: ignore[arg-type]
+        _report(entry, store, config)
 
     @app.command()
+    @over
     def crown(
+        config: FlywheelConfig,
         cycle: Annotated[str, typer.Option("--cycle", help="The cycle in which the readout ran.")],
         readout: Annotated[
             str | None, typer.Option("--readout", help="That readout's manifest URI or STAGE/KEY.")
         ] = None,
         by: By = None,
-        profile: Profile = None,
-        config: ConfigFile = None,
-        set_: Set = None,
     ) -> None:
         """Make the candidate champion if its closed readout says ship; exit code 3 where nothing changes."""
-        with one_line():
-            store, chosen = _open(settings(profile, config, set_))
-            found = store.resolve(readout) if readout else _artifact(store, cycle, "readout")
-            entry = rules.crown(store, found, by or "the readout")
-            if entry is None:
-                print("nothing changes: no closed readout of a candidate says ship, or it was crowned before")
-                raise typer.Exit(UNCHANGED)
-            _report(entry, store, chosen)
+        store = Store(config.store.uri)
+        found = store.resolve(readout) if readout else _artifact(store, cycle, "readout")
+        entry = rules.crown(store, found, by or "the readout")
+        if entry is None:
+            print("nothing changes: no closed readout of a candidate says ship, or it was crowned before")
+            raise typer.Exit(UNCHANGED)
+        _report(entry, store, config)
 
     @app.command()
+    @over
     def rollback(
+        config: FlywheelConfig,
         why: Why,
         by: By = None,
         champion: Annotated[
             str | None, typer.Option("--champion", help="Only if this one (STAGE/KEY) reigns now.")
         ] = None,
-        profile: Profile = None,
-        config: ConfigFile = None,
-        set_: Set = None,
     ) -> None:
         """Put the champion before this one back into production, at once."""
-        with one_line():
-            store, chosen = _open(settings(profile, config, set_))
-            _report(rules.rollback(store, by or getpass.getuser(), why, champion), store, chosen)
+        store = Store(config.store.uri)
+        _report(rules.rollback(store, by or getpass.getuser(), why, champion), store, config)
 
     @app.command("champion")
+    @over
     def show(
+        config: FlywheelConfig,
         as_json: AsJson = False,
         sync: Annotated[bool, typer.Option("--sync", help="Also bring the registry's aliases up to date.")] = False,
         cycle: Annotated[
             str | None, typer.Option("--cycle", help="With --sync: log this cycle's numbers on its candidate too.")
         ] = None,
-        profile: Profile = None,
-        config: ConfigFile = None,
-        set_: Set = None,
     ) -> None:
         """Who is champion and candidate, and every change with who made it and why."""
-        with one_line():
-            store, chosen = _open(settings(profile, config, set_))
-            state = ledger.read(store.storage)
-            if sync:
-                follow(store, chosen, cycle)
-            if as_json:
-                plain = {"champion": _path(state.champion, store), "candidate": _path(state.candidate, store)}
-                print(json.dumps(plain | {"ledger": ledger.lines(state)}, indent=1))
-                return
-            _table(state)
+        store = Store(config.store.uri)
+        state = ledger.read(store.storage)
+        if sync:
+            follow(store, config, cycle)
+        if as_json:
+            plain = {"champion": _path(state.champion, store), "candidate": _path(state.candidate, store)}
+            print(json.dumps(plain | {"ledger": ledger.lines(state)}, indent=1))
+            return
+        _table(state)
 
 
 def follow(store: Store, config: FlywheelConfig, cycle: str | None = None) -> None:
@@ -130,19 +118,6 @@ def follow(store: Store, config: FlywheelConfig, cycle: str | None = None) -> No
             f"warning: the registry at {where} did not follow: {reason}; later: flywheel champion --sync",
             file=sys.stderr,
         )
-
-
-@contextmanager
-def one_line() -> Any:
-    try:
-        yield
-    except FlywheelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
-
-
-def _open(config: FlywheelConfig) -> tuple[Store, FlywheelConfig]:
-    return Store(config.store.uri), config
 
 
 def _artifact(store: Store, cycle: str, stage: str) -> Artifact:

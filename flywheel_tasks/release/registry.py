@@ -22,10 +22,12 @@ _KEY, _OUTPUT = "artifact_key", "output"
 
 def follow(store: Store, uri: str) -> dict[str, str | None]:
     """Make the registry say what the ledger says; returns the version behind each alias."""
+    import mlflow
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    # A registry in a database looks a version's models:/ source up under the process's URI, not under its client's.
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
         client.create_registered_model(
             NAME, description="Policies that the gate let through; aliases follow the ledger."

@@ -1,7 +1,8 @@
 """The reference policy of eq. 8 (Sec. 2.4.3): an exponential moving average of the initial and later checkpoints.
 
 Only what is trained is averaged, so with LoRA the reference costs a second set of adapters and no second model. The
-average is in fp32; it moves after every optimiser step, or every few as a checkpoint would.
+average is in fp32; it moves after every optimiser step, or every few as a checkpoint would. Of a sharded model every
+worker averages its own part.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from flywheel_tasks.training.optim import local
 from flywheel_tasks.training.task import After, Stop, Values
 
 
@@ -25,19 +27,19 @@ class Ema:
         self.average: dict[str, Tensor] = {}
 
     def start(self, module: nn.Module) -> None:
-        self.average = {name: p.detach().float().clone() for name, p in _trained(module)}
+        self.average = {name: p.float().clone() for name, p in _trained(module)}
 
     @torch.no_grad()
     def after_step(self, at: After) -> Stop | Values | None:
         if (at.step + 1) % self.every == 0:
             for name, parameter in _trained(at.module):
-                self.average[name].lerp_(parameter.detach().float(), 1 - self.decay)
+                self.average[name].lerp_(parameter.float(), 1 - self.decay)
         return None
 
     @contextmanager
     def swapped(self, module: nn.Module) -> Iterator[None]:
         """The module as the reference; its own weights come back to the last bit."""
-        kept = {name: p.detach().clone() for name, p in _trained(module)}
+        kept = {name: p.clone() for name, p in _trained(module)}
         self._put(module, self.average)
         try:
             yield
@@ -57,5 +59,5 @@ class Ema:
             parameter.copy_(values[name])
 
 
-def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+def _trained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, local(p.detach())) for name, p in module.named_parameters() if p.requires_grad)

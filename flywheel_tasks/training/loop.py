@@ -131,14 +131,12 @@ def run_loop(job: Job, world: World, link: Link) -> None:
 def _start(job: Job, world: World, link: Link) -> _Run:
     link.alive()
     torch.manual_seed(job.seed)
-    module = job.task.build(world.device)
+    module = shard.build(job.task, world) if world.sharded else job.task.build(world.device)
     module.train()
     table = job.rows.open() if job.rows else None
     if table is not None and job.task.prepare is not None:
         values = prepared.prepare(job.task, module, table, job.folder, world, job.placement.token_budget, link.alive)
         table = table.append_column("prepared", values)
-    if world.sharded:
-        shard.shard(module)
     if table is not None:
         source: Source = FileSource(table, job.config, job.seed)
     elif job.source is not None:

@@ -53,9 +53,12 @@ def _compute(
         for first in range(0, table.num_rows, _BLOCK):
             block = np.arange(first, min(first + _BLOCK, table.num_rows))
             for micro in batching.cut(costs[block], budget, world.size)[world.rank]:
-                if len(micro):
-                    alive()
-                    values += task.prepare(module, take(table, block[micro]))
+                if not len(micro) and not world.sharded:
+                    continue
+                alive()
+                found = task.prepare(module, take(table, block[micro if len(micro) else [0]]))
+                if len(micro):  # a worker without rows still meets a sharded model's collectives
+                    values += found
                     rows += block[micro].tolist()
     module.train(was_training)
     piece = pa.table({"row": rows, "values": values}, schema=PIECE)

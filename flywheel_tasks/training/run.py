@@ -114,8 +114,9 @@ def _fit(job: Job, lines: Path) -> _Outcome:
     session.ensure()
     _settings(job.placement)
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from flywheel_tasks.training.group import GroupConfig
     from flywheel_tasks.training.worker import Lines, worker
 
     placement, storage = job.placement, Storage(job.folder)
@@ -123,7 +124,7 @@ def _fit(job: Job, lines: Path) -> _Outcome:
     trainer = TorchTrainer(
         worker,
         train_loop_config={"job": job, "run": secrets.token_hex(4), "threads": max(int(cpus), 1)},
-        torch_config=TorchConfig(
+        torch_config=GroupConfig(
             backend="nccl" if placement.gpus else "gloo", timeout_s=max(int(placement.deadline_s), 1)
         ),
         scaling_config=ScalingConfig(

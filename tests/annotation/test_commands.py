@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from flywheel_tasks.annotation import commands
+from flywheel_tasks.annotation.side_by_side import SideBySideConfig
 from flywheel_tasks.core.config import FlywheelConfig
 from tests.annotation import worlds
 from tests.annotation.test_label_studio import results
@@ -74,7 +75,7 @@ def world(tmp_path: Path, user_key: bytes) -> worlds.World:
 def command(world: worlds.World, *arguments: str) -> Result:
     app = typer.Typer()
     config = FlywheelConfig.model_validate({"store": {"uri": world.store.uri}}).model_copy(
-        update={"stages": {"annotate-export": world.export_config}}
+        update={"stages": {"annotate-export": world.export_config, "side-by-side": SideBySideConfig()}}
     )
     commands.register(app, lambda profile, file, overrides: config)
     return CliRunner().invoke(app, list(arguments))
@@ -117,6 +118,8 @@ def test_what_is_missing_is_said_in_one_line(world: worlds.World, server: str, m
     said = command(world, "label-push", "--cycle", "2026-W40", "--url", server)
     assert (said.exit_code, said.stderr.count("\n")) == (2, 1)
     assert "2026-W40 has no export in a folder" in said.stderr
+    other = command(world, "label-push", "--cycle", CYCLE, "--url", server, "--of", "side-by-side")
+    assert (other.exit_code, "set side-by-side.folder" in other.stderr) == (2, True)
     assert command(world, "label-push", "--cycle", CYCLE, "--url", server).exit_code == 0
     refused = command(world, "label-pull", "--cycle", CYCLE, "--url", server, "--to", str(world.inbox))
     assert (refused.exit_code, "(401)" in refused.stderr) == (1, True)

@@ -158,7 +158,13 @@ def test_a_forgotten_user_leaves_with_no_export(world: worlds.World) -> None:
     other = pairs["user"][3].as_py()
     later = world.export(pairs, "2026-W48", frozenset({user, other}))
     assert not {user, other} & set(later.table("tasks").read()["user"].to_pylist())
-    assert later.manifest.rows.reasons == {"forgotten": 1}
+    rows = later.manifest.rows
+    assert rows.reasons == {"forgotten": 2}, "a task of the ledger and a pair of this week"
+    assert (rows.rows_in, rows.rows_out) == (
+        len(world.exports[0].table("tasks").read()) + len(pairs),
+        len(later.table("tasks").read()),
+    )
+    assert {row["user"] for row in worlds.quarantine(later)} == {None}, "the quarantine names nobody"
 
 
 def test_an_identifier_in_a_character_card_is_masked(tmp_path, user_key) -> None:

@@ -225,6 +225,9 @@ def test_what_a_forgotten_user_said_is_gone_from_every_output(world: worlds.Worl
     user = world.exports[0].table("tasks").read()["user"][0].as_py()
     world.export(worlds.pairs(5, seed=3), "2026-W48", frozenset({user}))
     world.collect("2026-W48", forgotten=frozenset({user}))
+    rows = world.imports[-1].manifest.rows
+    assert (rows.rows_in, rows.rows_out, rows.reasons) == (len(tasks), len(tasks) - 1, {"forgotten": 1})
+    assert worlds.quarantine(world.imports[-1])[0]["user"] is None
     for name in ("annotations", "preferences", "examples"):
         assert user not in world.imports[-1].table(name).read()["user"].to_pylist()
     again = write(world.inbox, "261125-a.jsonl", [line(task, "late") for task in tasks])

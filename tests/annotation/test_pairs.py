@@ -18,14 +18,16 @@ CYCLE = "2026-W47"
 WIDE = Bounds(words=500, emoji=99, list_items=99, markdown=99)
 
 
-def made(world: worlds.World, config: PairsConfig, prompts: pa.Table) -> Artifact:
+def made(
+    world: worlds.World, config: PairsConfig, prompts: pa.Table, forgotten: frozenset[str] = frozenset()
+) -> Artifact:
     given = {
         "prompts": (world.put("constrain", {"prompts": "prompt"}, {"prompts": prompts}), "prompts"),
         "characters": (world.characters, "characters"),
         "interactive": None,
         "steerability": None,
     }
-    return worlds.run(pairs.STAGE, world.store, config, given, CYCLE, {})
+    return worlds.run(pairs.STAGE, world.store, config, given, CYCLE, {}, forgotten)
 
 
 @pytest.mark.slow
@@ -59,6 +61,17 @@ def test_the_stage_samples_and_rewrites_with_a_real_engine(tmp_path, tiny_model,
     for counts in rewritten.values():
         assert counts["kept"] == 0, "a random model follows no template"
         assert all(reason.startswith(("rewrite_", "unfinished", "generation_")) for reason in counts["dropped"])
+
+
+def test_prompts_of_who_was_forgotten_in_this_moment_are_counted_and_no_engine_starts_for_none(tmp_path) -> None:
+    prompts = worlds.prompts(5)
+    everybody = frozenset(prompts["user"].to_pylist())
+    artifact = made(worlds.World(tmp_path), PairsConfig(policy=ModelConfig(path="/no/model")), prompts, everybody)
+    rows = artifact.manifest.rows
+    assert (rows.rows_in, rows.rows_out, rows.reasons) == (5, 0, {"forgotten": 5})
+    refused = worlds.quarantine(artifact)
+    assert {row["user"] for row in refused} == {None}
+    assert sorted(row["row_id"] for row in refused) == sorted(prompts["prompt_id"].to_pylist())
 
 
 def test_a_policy_is_named_without_this_machines_folders() -> None:

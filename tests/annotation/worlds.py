@@ -152,16 +152,18 @@ def run(
     return commit(store, stage.name, stage.outputs, lambda out: stage.run(inputs, config, out), cycle)
 
 
-def commit(store: Store, stage: str, contracts: Mapping[str, str], fill: Any, cycle: str) -> Artifact:
+def commit(store: Store, stage: str, contracts: Mapping[str, str], fill: Any, cycle: str, **made_from: Any) -> Artifact:
+    """Commit what `fill` writes; `made_from` is `inputs` or `config` of the manifest."""
     key = hashlib.sha256(f"{stage} {next(_ATTEMPTS)}".encode()).hexdigest()[:32]
     out = Output(store.storage, stage, key, f"attempt-{key[:8]}", contracts, seed=17, cycle=cycle)
     now = dt.datetime.now(dt.UTC)
     try:
         fill(out)
         record = Manifest(
-            stage=stage, key=key, cycle=cycle, attempt=f"attempt-{key[:8]}", inputs={}, sources=(),
-            outputs=out.finish(), rows=out.rows, config={}, code_version="0" * 16, commit="", environment={},
+            stage=stage, key=key, cycle=cycle, attempt=f"attempt-{key[:8]}", sources=(),
+            outputs=out.finish(), rows=out.rows, code_version="0" * 16, commit="", environment={},
             started=now, finished=now, metrics={name: value for name, value, _ in out.metrics},
+            **({"inputs": {}, "config": {}} | made_from),
         )  # fmt: skip
         return store.commit(record)[0]
     finally:

@@ -15,7 +15,7 @@ from airflow.sdk import DAG
 from airflow.sdk.exceptions import AirflowSkipException, ParamValidationError
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import LAUNCHERS, launcher_of, stage_arguments
+from launch import LAUNCHERS, StageOperator, launcher_of, stage_arguments
 
 from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.pipeline import STAGES, load_config
@@ -205,3 +205,19 @@ def test_parsing_loads_nothing_heavy_and_takes_under_a_second():
     ]
     assert not HEAVY & set(runs[0])
     assert min(float(run[0]) for run in runs) < 1.0
+
+
+def test_a_run_uses_the_deployments_store_unless_a_person_names_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "deployment.yaml"
+    file.write_text("store: s3://bucket/flywheel\n")
+    monkeypatch.setenv("FLYWHEEL_DEPLOYMENT", str(file))
+    for dag in BOTH:
+        for task in dag.tasks:
+            if isinstance(task, StageOperator):
+                settings = task.derived_settings(run_of(None, "2026-11-22T23:59+00:00"))
+                assert load_config("demo", None, settings).store.uri == "s3://bucket/flywheel"
+                assert load_config("demo", None, [*settings, "store.uri=s3://mine/x"]).store.uri == "s3://mine/x"
+    monkeypatch.delenv("FLYWHEEL_DEPLOYMENT")
+    assert BOTH[0].tasks[0].derived_settings(run_of(None, "2026-11-22T23:59+00:00")) == []

@@ -16,8 +16,8 @@ import pytest
 
 from flywheel_tasks.core import ids, runner
 from flywheel_tasks.core.store import Store
-from tests.conftest import ROOT
-from tests.drills import kill_cycle, small_cycle
+from tests.drills import kill_cycle, small_cycle, watched
+from tests.drills.lived import Lived
 
 SEEDS = 3
 
@@ -46,11 +46,21 @@ def test_killed_processes_leave_nothing_but_the_same_artifacts(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_schedulers_at_once_make_one_cycle(world: tuple[Path, dict[str, Any], float], tmp_path: Path) -> None:
+def test_two_schedulers_at_once_make_one_cycle(
+    world: tuple[Path, dict[str, Any], float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, wanted, _ = world
     both = [small_cycle.start(tmp_path, kill_cycle.logs(folder), kill_cycle.QUICK) for _ in range(2)]
+    said = ""
     for process in both:
-        small_cycle.finished(process)
+        _, err = process.communicate(timeout=900)
+        assert process.returncode == 0, err[-2000:]
+        said += err
+    ends = {end: said.count(f": {end} artifacts/") for end in ("made", "another attempt was first:", "already there:")}
+    with capsys.disabled():
+        print(f"\n  two schedulers, {len(kill_cycle.QUICK)} stages each: {ends}")
+    assert ends["made"] == len(kill_cycle.QUICK), "every artifact was made once"
+    assert sum(ends.values()) == 2 * len(kill_cycle.QUICK)
     store = Store(str(tmp_path / "store"))
     assert small_cycle.contents(store, kill_cycle.QUICK) == wanted
     manifests = [path.parent for path in (tmp_path / "store" / "artifacts").glob("*/*/manifest.json")]
@@ -127,57 +137,40 @@ def _shift(patched: pytest.MonkeyPatch, days: float) -> None:
     patched.setattr(time, "time", lambda: real() + offset.total_seconds())
 
 
-AUDIT = """
-import os, sys
-_stdlib = os.path.dirname(os.__file__)
-def _hook(event, arguments, _file=os.environ.get("FLYWHEEL_AUDIT")):
-    if event != "pickle.find_class" or not _file:
-        return
-    frame, caller = sys._getframe(1), None
-    while frame is not None:  # who called pickle: the first frame that is no part of the standard library
-        name = frame.f_code.co_filename
-        if not name.startswith("<") and not (name.startswith(_stdlib) and "site-packages" not in name):
-            caller = name
-            break
-        frame = frame.f_back
-    with open(_file, "a") as file:
-        file.write(f"{caller}\\t{arguments[0]}.{arguments[1]}\\n")
-sys.addaudithook(_hook)
-"""
-
-
-def audited(tmp_path: Path, stages: tuple[str, ...], logs: str, more: tuple[str, ...] = ()) -> list[str]:
-    """Who unpickled, in every Python process that the stages start."""
-    (tmp_path / "audit").mkdir()
-    (tmp_path / "audit" / "sitecustomize.py").write_text(AUDIT)
-    told = {"FLYWHEEL_AUDIT": str(tmp_path / "calls.txt"), "PYTHONPATH": f"{tmp_path / 'audit'}:{ROOT}"}
-    small_cycle.finished(small_cycle.start(tmp_path / "run", logs, stages, more, **told))
-    calls = tmp_path / "calls.txt"
-    return calls.read_text().splitlines() if calls.exists() else []
-
-
-def ours(calls: list[str]) -> list[str]:
-    return [call for call in calls if call.startswith(str(ROOT / "flywheel_tasks"))]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_audit_sees_an_unpickling_and_tells_whose_it_is(tmp_path: Path) -> None:
     """The hook itself: without this, silence would prove nothing."""
-    (tmp_path / "sitecustomize.py").write_text(AUDIT)
     guilty = tmp_path / "guilty.py"
     guilty.write_text("import pickle, collections\npickle.loads(pickle.dumps(collections.OrderedDict(a=1)))\n")
-    told = os.environ | {"FLYWHEEL_AUDIT": str(tmp_path / "calls.txt"), "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, str(guilty)], env=told, check=True)
-    assert (tmp_path / "calls.txt").read_text().splitlines() == [f"{guilty}\tcollections.OrderedDict"]
+    subprocess.run([sys.executable, str(guilty)], env=os.environ | watched.audited(tmp_path), check=True)
+    assert watched.unpickled(tmp_path) == [f"{guilty}\tcollections.OrderedDict"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_no_product_code_unpickles_during_a_cycle(
-    world: tuple[Path, dict[str, Any], float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = audited(tmp_path, kill_cycle.QUICK, kill_cycle.logs(world[0]))
+def test_no_product_code_unpickles_during_a_cycle(lived: Lived, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = watched.unpickled(lived.folder)
     with capsys.disabled():
-        print(f"\n  {len(calls)} classes unpickled by libraries, {len(ours(calls))} by product code")
-    assert ours(calls) == []
+        print(f"\n  {len(calls):,} classes unpickled by libraries, {len(watched.ours(calls))} by product code")
+    assert calls, "Ray's own processes were under the audit too"
+    assert watched.ours(calls) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nothing_listens_beyond_this_machine_during_a_cycle(lived: Lived, capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\n  listened on during a cycle: {', '.join(sorted(lived.listening))}")
+    assert lived.listening, "Ray was seen"
+    assert lived.listening <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_without_asserts_a_cycle_is_the_same_and_does_not_unpickle(
+    world: tuple[Path, dict[str, Any], float], tmp_path: Path
+) -> None:
+    folder, wanted, _ = world
+    listening = watched.run(tmp_path, kill_cycle.logs(folder), kill_cycle.QUICK, PYTHONOPTIMIZE="1")
+    assert small_cycle.contents(Store(str(tmp_path / "store")), kill_cycle.QUICK) == wanted
+    assert watched.ours(watched.unpickled(tmp_path)) == []
+    assert listening <= {"127.0.0.1", "::1"}

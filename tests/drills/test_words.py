@@ -15,14 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from flywheel_tasks.core import ids, lineage
+from flywheel_tasks.core import ids, lineage, schemas
 from flywheel_tasks.core.forget import forget
+from flywheel_tasks.core.partial import Partial
 from flywheel_tasks.core.store import Store
+from flywheel_tasks.curation import spill
 from flywheel_tasks.simulation import faults
 from flywheel_tasks.simulation.chat import Mix
 from flywheel_tasks.simulation.traffic import TrafficTruth, write_event_log
 from tests.conftest import ROOT, USER_KEY
 from tests.drills import small_cycle
+from tests.drills.lived import LEARNER, Lived, word_of
 
 CANARIES, FORGOTTEN = 1000, 100
 CURATED = ("ingest", "filter", "diversify", "constrain")
@@ -94,7 +97,6 @@ def test_a_poisoned_log_reaches_no_page_unescaped_and_no_shell(
 
 def poisoned_page(folder: Path, made: dict[str, Any]) -> int:
     """The page of the week with the poisoned conversations side by side on it."""
-    from flywheel_tasks.core import schemas
     from flywheel_tasks.evaluation import report
     from flywheel_tasks.evaluation.examples import side_by_side
     from flywheel_tasks.evaluation.history import Version
@@ -160,47 +162,60 @@ def test_a_thousand_planted_identifiers_are_in_no_artifact_after_the_filter(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_hundred_forgotten_users_leave_no_word(
-    tmp_path: Path, user_key: bytes, capsys: pytest.CaptureFixture[str]
+    lived: Lived, user_key: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logs = tmp_path / "logs"
-    write_event_log(
-        logs, users=140, days=7, seed=9, start=small_cycle.MONDAY, faults=faults.NONE, endings=(".jsonl",)
-    )  # fmt: skip
-    users: list[str] = []
-    for file in sorted(logs.glob("*.jsonl")):
-        events = [json.loads(line) for line in file.read_text().splitlines()]
-        for event in events:
-            if event.get("role") == "user":
-                users.append(event["user_id"])
-                event["content"] += f" says {word_of(event['user_id'])}"
-        file.write_text("\n".join(map(json.dumps, events)) + "\n")
-    gone = sorted(set(users))[:FORGOTTEN]
-    stayed = sorted(set(users))[FORGOTTEN:]
-    made = small_cycle.run_all(tmp_path, str(logs / "*.jsonl"))
-    store = Store(made["ingest"].storage.uri)
-    everything = "\n".join(text for _, text in small_cycle.texts(store))
-    assert all(word_of(user) in everything for user in gone)
-    retrain: set[str] = set()
+    gone, stayed = lived.users[:FORGOTTEN], lived.users[FORGOTTEN:]
+    assert (len(gone), len(stayed) > 20) == (FORGOTTEN, True)
+    store = lived.store
+    # What a killed attempt leaves for the next one.
+    left = Partial(store.storage, "sft", "0" * 32)
+    left.put("chunk-00000", " ".join(map(word_of, lived.users)).encode())
+    before = "\n".join(lived.everywhere().values())
+    assert all(word_of(user) in before for user in gone)
+    models = {
+        "/".join(lineage.address(artifact.manifest))
+        for artifact in store.artifacts()
+        if any(output.contract in schemas.CHECKPOINTS for output in artifact.manifest.outputs.values())
+    }
+    assert {name.partition("/")[0] for name in models} == {LEARNER}
     for user in gone:
         report = forget(store, user, user_key)
-        assert report["clean"]
-        retrain |= set(report["retrain_needed"])
-    files = list(small_cycle.texts(store))
-    after = "\n".join(text for _, text in files)
+        assert report["clean"], report
+        assert set(report["retrain_needed"]) == models, "what learned from this user is named"
+    files = lived.everywhere()
+    after = "\n".join(files.values())
     names = [ids.pseudonym(user, user_key) for user in gone]
-    words = [user for user in gone if word_of(user) in after]
-    assert words == []
-    assert [name for name in names if any(name in text for path, text in files if path.startswith("artifacts/"))] == []
+    assert [user for user in gone if word_of(user) in after or user in after] == []
+    # A manifest says which pseudonyms were purged from it; nothing else names them.
+    data = "\n".join(text for path, text in files.items() if not path.endswith("/manifest.json"))
+    assert [name for name in names if name in data] == []
+    assert left.names() == []
     assert sum(word_of(user) in after for user in stayed) > len(stayed) // 2, "the others' words stay"
-    held = {"/".join(lineage.address(a.manifest)) for a in store.artifacts()}
-    assert retrain <= held
     for artifact in store.artifacts():
         artifact.verify()
+        if "/".join(lineage.address(artifact.manifest)) in models:
+            marks = {entry.user for entry in artifact.manifest.forgotten if entry.retrain_needed}
+            assert marks == set(names)
     with capsys.disabled():
-        print(f"\n  {len(gone)} users forgotten: none of their words in {len(files)} files, {len(retrain)} to retrain")
+        print(
+            f"\n  {len(gone)} users forgotten: none of their words in {len(files)} files of the store and of tracking, "
+            f"{len(models)} model to retrain"
+        )
 
 
-def word_of(user: str) -> str:
-    """A word that nobody else says."""
-    number = int(user.rpartition("-")[2])
-    return "zq" + "".join("abcdefghij"[int(digit)] for digit in f"{number:05d}") + "qz"
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_forgotten_do_not_come_back_with_their_logs(lived: Lived, user_key: bytes) -> None:
+    """The logs still hold them: a cycle made anew, under `python -O`, refuses their rows and learns from the others."""
+    gone = lived.users[:FORGOTTEN]
+    for user in gone:
+        forget(lived.store, user, user_key)
+    lived.live("seed=18", PYTHONOPTIMIZE="1")
+    after = "\n".join(lived.everywhere().values())
+    assert [user for user in gone if word_of(user) in after or user in after] == []
+    ingested, model = (lived.store.pointed(small_cycle.CYCLE, stage) for stage in ("ingest", LEARNER))
+    assert ingested
+    assert model
+    assert ingested.manifest.rows
+    assert ingested.manifest.rows.reasons[spill.FORGOTTEN] >= FORGOTTEN
+    assert model.manifest.forgotten == (), "the new model never met them"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from flywheel_tasks.core import schemas
-from flywheel_tasks.core.config import FlywheelConfig, StageConfig
+from flywheel_tasks.annotation import side_by_side
+from flywheel_tasks.core import ids, schemas
+from flywheel_tasks.core.config import FlywheelConfig, ModelConfig, StageConfig
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.runner import run_stage
 from flywheel_tasks.core.stage import Input, Inputs, Stage
@@ -21,6 +21,7 @@ from flywheel_tasks.evaluation import gate_stage, winrate
 from flywheel_tasks.release import promote
 
 PROMPTS = 24
+USER_KEY = "5" * 64
 
 
 class Knobs(StageConfig):
@@ -29,7 +30,12 @@ class Knobs(StageConfig):
     leaked: int = 0
     violation: float = 0.05
     champion_fails: bool = False
-    sessions: int = 0
+
+
+class Answers(Knobs):
+    """What a real `respond` is told, as far as later stages read it from its manifest."""
+
+    champion: ModelConfig = ModelConfig(path="base")
 
 
 def _rows(name: str, rows: list[dict[str, Any]]) -> pa.Table:
@@ -121,39 +127,6 @@ def _reward(kind: str) -> Any:
     return run
 
 
-def _shown(inputs: Inputs, config: Knobs, out: Output) -> None:
-    """Side-by-side conversations of the candidate and the base, sides in turn; none unless people were asked."""
-    candidate = f"rl/{inputs.artifact('candidate')[0].manifest.key}"
-    told = {"user": "u", "source": "internal", "locale": "en", "split": "eval", "made": "policy_pool", "turns": []}
-    rows = [
-        told | {
-            "pair_id": f"s{n}", "prompt_id": f"s{n}", "character_id": f"c{n % 4}", "mode": "interactive",
-            "policy0": (candidate, "base")[n % 2], "policy1": ("base", candidate)[n % 2], "y0": "a", "y1": "b",
-            "task_id": f"t{n}", "cycle": out.cycle, "left": "y0", "digest": "0", "reviewers": 1,
-            **dict.fromkeys(("delta_length", "delta_emoji", "delta_list", "delta_markdown"), 0),
-        }
-        for n in range(config.sessions)
-    ]  # fmt: skip
-    with out.table("tasks") as writer:
-        writer.write(_rows("task", rows))
-    out.account("task", len(rows), len(rows))
-
-
-def _annotations(inputs: Inputs, config: Knobs, out: Output) -> None:
-    """Three in four turns go to the candidate, whichever side it was on."""
-    rows = [
-        {
-            "annotation_id": f"a{n}", "pair_id": task["pair_id"], "user": "u", "batch": "261120", "mode": task["mode"],
-            "annotator": f"person{n % 2}", "questions": [], "at": datetime(2026, 11, 20, tzinfo=UTC),
-            "preferred": "y0" if (task["policy0"] != "base") == (n % 5 > 0 and n != 7) else "y1",
-        }
-        for n, task in enumerate(inputs["tasks"].read().to_pylist())
-    ]  # fmt: skip
-    with out.table("annotations") as writer:
-        writer.write(_rows("annotation", rows))
-    out.account("review", len(rows), len(rows))
-
-
 def _metrics(inputs: Inputs, config: Knobs, out: Output) -> None:
     """Numbers as STYLE's metrics report them."""
 
@@ -181,8 +154,8 @@ def _benchmarks(inputs: Inputs, config: Knobs, out: Output) -> None:
     out.json("benchmarks", {"benchmarks": {"hellaswag": both}})
 
 
-def _stage(name: str, run: Any, outputs: dict[str, str], **inputs: Input) -> Stage:
-    return Stage(name, "evaluation", "Sec. 2.5.1", run, Knobs, outputs, inputs)
+def _stage(name: str, run: Any, outputs: dict[str, str], config: type[Knobs] = Knobs, **inputs: Input) -> Stage:
+    return Stage(name, "evaluation", "Sec. 2.5.1", run, config, outputs, inputs)
 
 
 PROMPTS_IN = Input("constrain", "prompts")
@@ -194,17 +167,16 @@ BEFORE = (
         "respond",
         _respond,
         {"responses": "completion", "report": "json"},
+        Answers,
         prompts=PROMPTS_IN,
         candidate=Input("rl", "model"),
     ),
     _stage("preference-pointwise", _reward("pointwise"), {"model": "checkpoint", "report": "json"}),
     _stage("preference-pairwise", _reward("pairwise"), {"model": "checkpoint", "report": "json"}),
-    _stage("annotate-export", _shown, {"tasks": "task"}, candidate=Input("rl", "model")),
-    _stage("annotate-import", _annotations, {"annotations": "annotation"}, tasks=Input("annotate-export", "tasks")),
     _stage("metrics", _metrics, {"metrics": "json", "style": "json"}),
     _stage("benchmarks", _benchmarks, {"benchmarks": "json"}),
 )
-STAGES = (*BEFORE, winrate.STAGE, gate_stage.STAGE, promote.STAGE)
+STAGES = (*BEFORE, winrate.STAGE, side_by_side.STAGE, side_by_side.IMPORT, gate_stage.STAGE, promote.STAGE)
 
 
 class World:
@@ -212,12 +184,13 @@ class World:
 
     def __init__(self, folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Tracker, "watch", lambda self, record: nullcontext())
+        monkeypatch.setenv(ids.USER_KEY_VARIABLE, USER_KEY)
         self.store, self.tiny, self.folder = Store(f"file://{folder}/store"), str(tiny), folder
 
     def config(self, **sections: dict[str, Any]) -> FlywheelConfig:
         stages = {}
         for stage in STAGES:
-            own = {"tiny": self.tiny} if stage.config is Knobs else {}
+            own = {"tiny": self.tiny} if issubclass(stage.config, Knobs) else {}
             stages[stage.name] = stage.config.model_validate(own | sections.get(stage.name.replace("-", "_"), {}))
         body = {"store": {"uri": self.store.uri}, "tracking": {"uri": f"sqlite:///{self.folder}/mlflow.db"}}
         return FlywheelConfig.model_validate(body).model_copy(update={"stages": stages})

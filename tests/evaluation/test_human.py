@@ -30,8 +30,13 @@ def pair(number: int, policies: tuple[str, str], character: str = "maya") -> dic
     return fixed | named | sides | deltas
 
 
-def vote(number: int, preferred: str, annotator: str = "ann", mode: str = "interactive") -> dict[str, Any]:
-    named = {"annotation_id": f"{number}-{annotator}", "pair_id": f"p{number}", "annotator": annotator, "mode": mode}
+def vote(number: int, preferred: str, annotator: str = "ann") -> dict[str, Any]:
+    named = {
+        "annotation_id": f"{number}-{annotator}",
+        "pair_id": f"p{number}",
+        "annotator": annotator,
+        "mode": "interactive",
+    }
     return named | {"preferred": preferred, "user": "u", "batch": "261120", "at": datetime(2026, 11, 20, tzinfo=UTC)}
 
 
@@ -64,10 +69,10 @@ def test_a_turn_that_many_looked_at_counts_once() -> None:
 
 def test_what_is_not_of_this_comparison_is_left_out_and_counted() -> None:
     pairs = [pair(0, (NEW, OLD)), pair(1, (NEW, "rl/other")), pair(2, (NEW, NEW))]
-    votes = [vote(0, "y0"), vote(1, "y0"), vote(2, "y0"), vote(9, "y0"), vote(0, "y0", "b", mode="static")]
+    votes = [vote(0, "y0"), vote(1, "y0"), vote(2, "y0"), vote(9, "y0")]
     found = run(votes, pairs)
     assert found.rate.n == 1
-    assert found.left_out == {"another_mode": 1, "unknown_pair": 1, "another_pair_of_models": 2}
+    assert found.left_out == {"unknown_pair": 1, "another_pair_of_models": 2}
     assert len(votes) == found.rate.n + sum(found.left_out.values())
     assert run([], pairs).rate is None
 

@@ -233,6 +233,47 @@ def earlier_answers() -> respond._Earlier:
     return respond._Earlier(table, row_of, {"k0": ["e0a", "e0b"], "k1": ["e1a", "e1b"], "k2": ["e2a", "e2b"]})
 
 
+def test_the_prompt_of_who_was_forgotten_in_this_moment_is_counted_and_not_answered(
+    world: World, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody else's answers are there from the last cycle, so no engine starts."""
+    config = RespondConfig(champion=ModelConfig(path=str(tiny_model)))
+    given = world.inputs()
+    asked = given["prompts"].read()
+    users = [f"user-{n}" for n in range(asked.num_rows)]
+    named = asked.set_column(asked.schema.get_field_index("user"), "user", pa.array(users)).to_pylist()
+    prompts_in = world.table("constrain", "prompts", "prompt", named)
+    cards = {"char-0": Card.of(CHARACTER)}
+    chosen = _chosen(asked, config.most_prompts)
+    policy = respond._Policy("candidate", tiny_model, "x", respond._digest(tiny_model))
+    keys = respond._keys(chosen, policy, cards, config, 17)
+    rows = [
+        dict.fromkeys(schemas.COMPLETION.names)
+        | {name: row[name] for name in ("prompt_id", "user", "character_id", "locale", "split", "turns")}
+        | {"completion_id": f"candidate-{row['prompt_id']}", "text": "Yes.", "sample": 0, "tokens": 1}
+        | {"finish": "stop", "policy": "candidate", "scores": []}
+        for row in named if row["prompt_id"] in keys
+    ]  # fmt: skip
+
+    def earlier(out: Output) -> None:
+        with out.table("responses") as writer:
+            writer.write(pa.Table.from_pylist(rows, schema=schemas.COMPLETION))
+        out.json("contents", {key: [prompt] for prompt, key in keys.items()})
+        out.account("response", rows_in=len(rows), rows_out=len(rows))
+
+    before = commit(world.store, "respond", {"responses": "completion", "contents": "json"}, earlier, "e" * 32)
+    extra = {"prompts": prompts_in, "earlier": (before, "responses"), "earlier_contents": (before, "contents")}
+    inputs = world.inputs(extra)
+    inputs.forgotten = frozenset({next(row["user"] for row in named if row["prompt_id"] == "e2")})
+    made = world.run(inputs, config)
+    counted = made.manifest.rows
+    assert counted is not None
+    assert (counted.rows_in, counted.rows_out, counted.reasons) == (11, 10, {"forgotten": 1})
+    refused = made.table("quarantine").read().to_pylist()
+    assert [(row["row_id"], row["user"]) for row in refused] == [("e2", None)]
+    assert "e2" not in made.table("responses").read()["prompt_id"].to_pylist()
+
+
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_answers_of_the_last_cycle_are_taken_whole_or_not_at_all(count: int) -> None:
     asked = prompts(held_out(4)[:count] or held_out(1)).slice(0, count)

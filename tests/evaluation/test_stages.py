@@ -12,11 +12,14 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
+from flywheel_tasks.annotation import publish
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.evaluation import commands
 from flywheel_tasks.evaluation.history import from_store
 from flywheel_tasks.models.chat import Card
 from flywheel_tasks.models.score import PairRow, Scorer, ScoreRow
+from flywheel_tasks.stats.winrate import win_rate
+from tests.annotation.worlds import line, write
 from tests.evaluation.evaluation_world import PROMPTS, World
 from tests.evaluation.test_report import check_safe
 
@@ -131,17 +134,45 @@ def test_the_gate_reads_what_the_stages_measured(world: World) -> None:
     assert again.json("evidence") == evidence
 
 
-def test_people_who_compared_both_models_side_by_side_are_evidence(world: World) -> None:
-    made = world.run(annotate_export={"sessions": 24}, gate=GATE)
-    decision, evidence = made["gate"].json("decision"), made["gate"].json("evidence")
-    human = evidence["human_win_rate"]
-    assert (human["rate"], human["n"]) == (0.75, 24)
-    assert 0.5 < human["low"] <= 0.75 <= human["high"]
-    assert findings(decision, "loss")["human"] == "PASS"
+def test_people_who_compare_both_models_side_by_side_are_evidence_once_they_answered(world: World) -> None:
+    """The whole way: sent by the week, answered outside, read while a HOLD may wait; in closed form."""
+    told = {
+        "side_by_side": {"folder": str(world.folder / "compare")},
+        "side_by_side_import": {"deliveries": [str(world.folder / "answers/*.jsonl")]},
+        "gate": GATE,
+    }
+    made = world.run(**told)
+    assert "human_win_rate" not in made["gate"].json("evidence"), "nobody has answered, and the week did not wait"
+    sent = made["side-by-side"].json("report")
+    candidate = f"rl/{made['rl'].manifest.key}"
+    assert (sent["candidate"], sent["champion"], sent["tasks"]) == (candidate, "base", PROMPTS - 1)
+    assert sent["not_shown"] == {"generation_failed": 1}
+    found = publish.tasks(publish.read(str(world.folder / "compare"), sent["export"])["tasks.jsonl"])
+    rows, outcomes = [], []
+    for n, task in enumerate(found):
+        ours, theirs = ("left", "right") if "candidate" in task.shown.left.text else ("right", "left")
+        preferred, outcome = ((ours, 1.0), (theirs, 0.0), (ours, 1.0), ("tie", 0.5), ("neither", 0.5))[n % 5]
+        rows.append(line(task, f"person-{n % 3}", preferred))
+        outcomes.append(outcome)
+    bad = [line(found[0], "x", digest="0" * 64), line(found[0], "x", task_id="t" + "0" * 24)]
+    write(world.folder / "answers", "261120-a.jsonl", [*rows, *bad])
+    again = world.run("side-by-side-import", "gate", **told)
+    refused = again["side-by-side-import"].table("quarantine").read()["reason"].to_pylist()
+    assert sorted(refused) == ["altered_text", "unknown_task"]
+    ledger = {row["task_id"]: row for row in made["side-by-side"].table("tasks").read().to_pylist()}
+    compared = sorted(
+        (ledger[task.task_id]["pair_id"], ledger[task.task_id]["character_id"], outcome)
+        for task, outcome in zip(found, outcomes, strict=True)
+    )
+    expected = win_rate([outcome for *_, outcome in compared], [character for _, character, _ in compared], seed=17)
+    human = again["gate"].json("evidence")["human_win_rate"]
+    assert human == {"rate": np.mean(outcomes), "n": len(found), "low": expected.low, "high": expected.high}
+    assert findings(again["gate"].json("decision"), "loss")["human"] == "PASS"
+    assert from_store(world.store)[0].numbers["human_win_rate"].value == human["rate"], "the page of the week shows it"
     file = world.folder / "people.json"
     file.write_text(json.dumps({"human_win_rate": {"rate": 0.9, "n": 100}}))
     with pytest.raises(InputError, match="'human_win_rate' is handed in twice"):
-        world.run(annotate_export={"sessions": 24}, gate=GATE | {"evidence": [str(file)]})
+        world.run("gate", **told | {"gate": GATE | {"evidence": [str(file)]}})
 
 
 def test_where_nobody_compared_the_two_there_is_no_human_win_rate(world: World) -> None:

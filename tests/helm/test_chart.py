@@ -178,6 +178,8 @@ for stage in (*STAGES, gpu):
     made[stage.name] = ApiClient().sanitize_for_serialization(pod)
 print(json.dumps(made))
 """
+    chosen = yaml.safe_load((CHART / f"values-{values}.yaml").read_text())
+    assert yaml.safe_load(file.read_text())["store"] == chosen["store"]["uri"]
     environment = {"FLYWHEEL_DEPLOYMENT": str(file), "AIRFLOW_HOME": str(tmp_path), "PATH": "/usr/bin"}
     done = subprocess.run(
         [sys.executable, "-c", script, str(ROOT / "dags")], env=environment, cwd=ROOT, capture_output=True, text=True
@@ -195,6 +197,25 @@ print(json.dumps(made))
     )
 
 
+def leaves(values: dict[str, Any], above: str = "") -> list[str]:
+    """Every key that can be set, as Helm writes it."""
+    found = []
+    for name, value in values.items():
+        key = f"{above}.{name}" if above else name
+        found += leaves(value, key) if isinstance(value, dict) and value else [key]
+    return found
+
+
+def test_every_value_reaches_a_template():
+    """A key that nothing reads looks like a setting and is none."""
+    templates = "\n".join(path.read_text() for path in (CHART / "templates").iterdir())
+    read = set(re.findall(r"\.Values\.([A-Za-z.]+)", templates))
+    keys = leaves(yaml.safe_load((CHART / "values.yaml").read_text()))
+    assert len(keys) > 40
+    above = {key: [".".join(key.split(".")[:end]) for end in range(1, key.count(".") + 2)] for key in keys}
+    assert [key for key in keys if not read & set(above[key])] == []
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -204,6 +225,7 @@ print(json.dumps(made))
         ("store.environment.AWS_SECRET_ACCESS_KEY=abc", "AWS_SECRET_ACCESS_KEY"),
         ("ray.version=2.40.0", "version"),
         ("images.tasks=", "images.tasks is empty"),
+        ("store.uri=", "store.uri is empty"),
         ("mlflow.replicas=2", "needs mlflow.database.secret"),
         ("mlflow.password=abc", "password"),
     ],
@@ -221,3 +243,43 @@ def test_airflow_may_run_stages_and_read_no_secret():
     assert not {resource for resource, _ in allowed} & {"secrets", "pods/exec", "*"}
     (binding,) = of_kind("gpu-cluster", "RoleBinding")
     assert {subject["namespace"] for subject in binding["subjects"]} == {"airflow"}
+
+
+AIRFLOW = yaml.safe_load((CHART / "airflow-values.yaml").read_text())
+
+
+def test_airflows_values_name_what_our_chart_and_image_have():
+    """Values for a chart of others, which nothing renders here: what they share with ours is held together."""
+    lock = (ROOT / "docker" / "airflow.lock").read_text()
+    assert f"apache-airflow=={AIRFLOW['airflowVersion']}\n" in lock
+    assert f"USER {AIRFLOW['uid']}:{AIRFLOW['gid']}" in (ROOT / "docker" / "Containerfile").read_text()
+    (binding,) = of_kind("gpu-cluster", "RoleBinding")
+    account = AIRFLOW["scheduler"]["serviceAccount"]["name"]
+    assert account in {subject["name"] for subject in binding["subjects"]}
+    assert AIRFLOW["allowPodLaunching"] is False
+    (config,) = of_kind("gpu-cluster", "ConfigMap")
+    env = {variable["name"]: variable["value"] for variable in AIRFLOW["env"]}
+    (volume,), (mount,) = AIRFLOW["volumes"], AIRFLOW["volumeMounts"]
+    assert volume["configMap"]["name"].removeprefix("flywheel") == config["metadata"]["name"].removeprefix("fw")
+    assert env["FLYWHEEL_DEPLOYMENT"] in {f"{mount['mountPath']}/{file}" for file in config["data"]}
+    assert f"launch_{env['FLYWHEEL_LAUNCHER']}.py" in {path.name for path in (ROOT / "dags").iterdir()}
+    (token,) = yaml.safe_load(AIRFLOW["extraEnv"])
+    assert token["valueFrom"]["secretKeyRef"]["optional"] is True, "a cluster without Ray has no token"
+
+
+def test_airflows_chart_calls_no_script_that_our_image_lacks():
+    """By default its probes start with /entrypoint and its groomers run /clean-logs, which Airflow's own image has."""
+    parts = [AIRFLOW["scheduler"], AIRFLOW["dagProcessor"]]
+    assert AIRFLOW["triggerer"]["enabled"] is False, "or its probe and its groomer want a command too"
+    commands = [part["livenessProbe"]["command"] for part in parts] + [AIRFLOW["scheduler"]["startupProbe"]["command"]]
+    commands += [part["logGroomerSidecar"]["args"] for part in parts]
+    assert {command[0] for command in commands} == {"airflow", "bash"}
+    jobs = {command[command.index("--job-type") + 1] for command in commands if command[0] == "airflow"}
+    assert jobs == {"SchedulerJob", "DagProcessorJob"}
+
+
+def test_airflows_own_pods_reach_its_api_behind_the_network_policies():
+    """With policies on and nobody named, the chart closes the API server, and tasks report to it."""
+    assert AIRFLOW["networkPolicies"]["enabled"] is True
+    (peer,) = AIRFLOW["apiServer"]["networkPolicy"]["ingress"]["from"]
+    assert peer == {"podSelector": {"matchLabels": {"tier": "airflow"}}}, "every pod of Airflow, and of nobody else"

@@ -27,7 +27,7 @@ from tests.herding import rl_world
         ({"loss": {"updates": 4}, "guardrail": {"every": 8}}, "placement.save_every must be a multiple"),
         ({"loss": {"kind": "online_dpo", "updates": 2}}, "leave it at 1"),
         ({"lora": {"dropout": 0.1}}, "nothing may drop"),
-        ({"placement": {"shard": True, "workers": 2}}, "whole copies"),
+        ({"placement": {"shard": True}}, "set workers to 2 or more"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(changes: dict[str, Any], why: str) -> None:

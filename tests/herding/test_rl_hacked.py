@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from string import ascii_lowercase
@@ -31,6 +30,7 @@ from flywheel_tasks.training.loop import Job, run_loop
 from flywheel_tasks.training.step import World
 from tests.herding.rl_tables import prompts, turns
 from tests.tiny_llama import SPECIAL, VOCABULARY, build_tiny_llama
+from tests.training.bags import Here as Reporter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -57,22 +57,6 @@ class Indifferent:
 class Hackable(Rollouts):
     _pointwise: Any = Counter()  # type: ignore[assignment]
     _pairwise: Any = Indifferent()  # type: ignore[assignment]
-
-
-class Lines:
-    """What the loop reports."""
-
-    def __init__(self) -> None:
-        self.lines = list[Mapping[str, Any]]()
-
-    @contextmanager
-    def resume(self) -> Iterator[Path | None]:
-        yield None
-
-    def report(self, lines: Sequence[Mapping[str, Any]], checkpoint: Path | None = None, step: int = 0) -> None:
-        self.lines += lines
-
-    def alive(self) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +99,7 @@ def climb(policy: Path, folder: Path, config: GuardrailConfig) -> tuple[list[Map
             partial(rl_hooks.Watch, far, table.slice(0, HELD_OUT), start, config, steps=STEPS, temperature=1.0, seed=0),
             partial(rl_hooks.Halt, config),
         )
-        link = Lines()
+        link = Reporter(folder.parent)
         job = Job(
             rl.task(policy, LOSS, lora=Lora(rank=4, alpha=8), seed=1),
             TrainingConfig(batch=8, learning_rate=1e-2, warmup=0, floor=1, publish_every=EVERY),

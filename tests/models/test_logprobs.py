@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.models import logprobs as logprobs_module
 from flywheel_tasks.models.load import load_policy
 from flywheel_tasks.models.logprobs import logprobs, token_logprobs
 from flywheel_tasks.models.packed import pack
@@ -82,6 +84,45 @@ def test_tokens_times_vocabulary_is_never_in_memory(learn_head: bool) -> None:
         head.requires_grad_(learn_head)
         token_logprobs(states, head, tokens)[0].sum().backward()
     assert largest.numel < TOKENS * WORDS / 4
+
+
+def without_a_buffer(patch: pytest.MonkeyPatch, fold: Callable[..., Any]) -> None:
+    """As a GPU calls it: the exponentials have no room of their own."""
+    patch.setattr(logprobs_module, "_fold", lambda z, e, *rest: fold(z, None, *rest))
+
+
+def both_gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+    states, head, tokens, weights = problem(dtype)
+    states.requires_grad_()
+    logprob, entropy = token_logprobs(states, head, tokens, 0.7)
+    (logprob * weights).sum().backward()
+    return [logprob.detach(), entropy, states.grad.float()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_themselves_are_left_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = both_gradients(dtype)
+    without_a_buffer(monkeypatch, logprobs_module._fold)
+    assert all(torch.equal(one, other) for one, other in zip(plain, both_gradients(dtype), strict=True))
+
+
+@pytest.mark.slow
+def test_what_a_gpu_compiles_is_what_a_cpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own code for the work between the products, here as C++: the same numbers for every shape of block
+    from one compilation, in two loops over its words."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    counters.clear()
+    plain = both_gradients(torch.bfloat16)
+    with config.patch(fx_graph_cache=False):
+        without_a_buffer(monkeypatch, logprobs_module._compiled.__wrapped__())
+        compiled, (code,) = run_and_get_code(both_gradients, torch.bfloat16)
+    for one, other in zip(plain, compiled, strict=True):
+        assert (one - other).norm() <= 2e-3 * one.norm()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert code.count("for(int64_t x1=") == 2
 
 
 def test_extreme_logits_stay_finite() -> None:

@@ -14,7 +14,7 @@ from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.models.engine import Engine
 from flywheel_tasks.models.engine_config import Sampling
 from flywheel_tasks.models.probe import Drift, ProbeConfig, probe
-from flywheel_tasks.models.sync import SharedWeights, Transfer
+from flywheel_tasks.models.sync import SharedWeights
 from tests.models.engines import logprobs, prompt, requests, shared
 from tests.tiny_llama import build_tiny_llama
 
@@ -109,8 +109,3 @@ def test_shared_weights_hold_one_update(learned: Path) -> None:
     assert not os.path.exists(first)
     files.close()
     assert not os.path.exists(second)
-
-
-def test_device_transfer_needs_devices(engine: Engine) -> None:
-    with pytest.raises(FlywheelError, match="NCCL needs GPUs"):
-        Transfer(engine, module=None, address="127.0.0.1", port=1)

@@ -153,7 +153,7 @@ def test_what_was_cut_is_empty_or_failed_is_never_chosen() -> None:
 
 @pytest.fixture(scope="module")
 def half_stopping(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy that ends about every second response within 12 tokens: in many contexts its end of turn outweighs all."""
+    """A policy that ends every second response or so within 12 tokens: its end of turn often outweighs all else."""
     from safetensors.torch import load_file, save_file
 
     folder = build_tiny_llama(tmp_path_factory.mktemp("half-stopping"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -352,6 +355,33 @@ def test_the_registry_follows_a_ledger_that_changes_while_it_follows(
     assert client.get_registered_model(registry.NAME).aliases == {registry.CHAMPION: int(version)} or (
         client.get_registered_model(registry.NAME).aliases == {registry.CHAMPION: version}
     )
+
+
+FOLLOW = """
+import sys
+from flywheel_tasks.core.store import Store
+from flywheel_tasks.release import registry
+print(registry.follow(Store(sys.argv[1]), sys.argv[2])[registry.CANDIDATE])
+"""
+
+
+def test_the_registry_follows_in_a_process_of_its_own_and_writes_nothing_where_it_runs(
+    tracked: World, tmp_path: Path
+) -> None:
+    """As a task of its own does it: nothing in that process has told MLflow where its database is."""
+    from mlflow.tracking import MlflowClient
+
+    tracked.promote("PASS")
+    here = tmp_path / "here"
+    here.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    argv = [sys.executable, "-c", FOLLOW, tracked.store.uri, tracked.tracking]
+    done = subprocess.run(argv, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    client = MlflowClient(tracking_uri=tracked.tracking, registry_uri=tracked.tracking)
+    version = client.get_model_version_by_alias(registry.NAME, registry.CANDIDATE)
+    assert (str(version.version), version.source[:8]) == (done.stdout.strip(), "models:/")
+    assert list(here.iterdir()) == []
 
 
 def test_a_registry_that_is_down_costs_a_warning(world: World) -> None:

@@ -1,0 +1,52 @@
+"""Options and errors that commands of several parts share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from flywheel_tasks.core.commands import configured
+from flywheel_tasks.core.config import FlywheelConfig
+from flywheel_tasks.core.errors import FlywheelError, InputError
+
+
+def invoke(*arguments: str) -> tuple[int, str, str]:
+    app = typer.Typer(rich_markup_mode=None)
+
+    def settings(profile: str | None, config: str | None, set_: Sequence[str] | None) -> FlywheelConfig:
+        if config:
+            raise InputError(f"{config} is not there")
+        return FlywheelConfig.model_validate({"store": {"uri": f"file:///{profile}/{'/'.join(set_ or ())}"}})
+
+    @app.command()
+    @configured(settings, "Whose store.")
+    def show(config: FlywheelConfig, word: Annotated[str, typer.Argument(help="Any.")], times: int = 1) -> None:
+        """Say a word."""
+        if times < 0:
+            raise FlywheelError("less than nothing")
+        print(config.store.uri, word * times)
+
+    found = CliRunner().invoke(app, [*arguments])
+    return found.exit_code, found.stdout, found.stderr
+
+
+def test_a_command_is_given_its_configuration_and_its_own_options() -> None:
+    assert invoke("ho", "--profile", "p", "--set", "a", "--times", "2", "--set", "b") == (0, "file:///p/a/b hoho\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [(("ho", "--times", "-1"), 1, "less than nothing"), (("ho", "--config", "x.yaml"), 2, "x.yaml is not there")],
+)
+def test_an_error_is_one_line_with_its_exit_code(arguments: tuple[str, ...], code: int, said: str) -> None:
+    assert invoke(*arguments) == (code, "", f"error: {said}\n")
+
+
+def test_the_help_names_the_shared_options_behind_the_commands_own() -> None:
+    text = invoke("--help")[1]
+    places = [text.index(word) for word in ("Say a word.", "--times", "--profile", "Whose store.", "--config", "--set")]
+    assert places == sorted(places)
