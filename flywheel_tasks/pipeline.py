@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 from flywheel_tasks.annotation import annotate_export, annotate_import, pairs, side_by_side
 from flywheel_tasks.core.config import FlywheelConfig, load
@@ -47,7 +48,9 @@ def by_name(name: str) -> Stage:
     for stage in STAGES:
         if stage.name == name:
             return stage
-    raise InputError(f"no stage '{name}': the stages are {', '.join(stage.name for stage in STAGES)}")
+    near = get_close_matches(name, [stage.name for stage in STAGES], 1)
+    meant = f": did you mean '{near[0]}'?" if near else ":"
+    raise InputError(f"no stage '{name}'{meant} `flywheel stages` lists them")
 
 
 def load_config(profile: str | None = None, file: str | None = None, overrides: Iterable[str] = ()) -> FlywheelConfig:

@@ -21,8 +21,8 @@ def up() -> None:
 
 
 def demo(
-    cycle: Annotated[str, typer.Option(help="cycle to run, an ISO week such as 2026-W47 (empty: this week)")] = "",
-    cycles: Annotated[int, typer.Option(min=1, max=52, help="how many weeks in a row, from that one on")] = 1,
+    cycle: Annotated[str, typer.Option(help="Cycle to run, an ISO week such as 2026-W47 (empty: this week)")] = "",
+    cycles: Annotated[int, typer.Option(min=1, max=52, help="How many weeks in a row, from that one on")] = 1,
 ) -> None:
     """Simulate a week of traffic, run one whole cycle through the Airflow DAG on this machine, and the A/B week that
     decides on its candidate."""

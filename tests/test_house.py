@@ -72,6 +72,14 @@ def test_the_pipeline_loads_nothing_heavy() -> None:
     assert loaded.stdout.split() == []
 
 
+def test_a_stage_that_runs_an_engine_asks_for_a_gpu() -> None:
+    from flywheel_tasks.pipeline import STAGES
+
+    generate = {stage.name: stage.resources.gpus for stage in STAGES if "engine" in stage.config.model_fields}
+    assert {"pairs", "rejection-sample", "rl", "respond"} <= generate.keys()
+    assert {name for name, gpus in generate.items() if not gpus} == set()
+
+
 def test_no_file_is_too_long_to_read() -> None:
     long = {
         str(p.relative_to(ROOT)): n for p in [*FILES, *ROOT.glob("dags/*.py")] if (n := p.read_text().count("\n")) > 400

@@ -165,7 +165,7 @@ STAGE = Stage(
     outputs={"pairs": "pair", "report": "json"},
     config=PairsConfig,
     run=run,
-    resources=Resources(cpus=2, memory_gib=8),
+    resources=Resources(cpus=2, gpus=1, memory_gib=16),
     models=("policy", "candidates", "rewriter"),
     data=("annotation/rewriting.yaml", "style"),
 )

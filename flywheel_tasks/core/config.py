@@ -262,7 +262,9 @@ def _read_profile(name: str) -> dict[str, Any]:
 def _read_file(file: str) -> dict[str, Any]:
     try:
         body = yaml.safe_load(Path(file).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {file} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(body, dict):
         raise ConfigError(f"config file {file} must be a mapping of keys to values")

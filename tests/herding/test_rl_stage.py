@@ -63,9 +63,18 @@ def processes(word: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if word in " ".join(process.cmdline()):
+            if word in " ".join(process.cmdline()) and process not in OTHERS:
                 found.append(process)
     return found
+
+
+OTHERS: list[psutil.Process] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines_of_other_tests() -> None:
+    """An engine that the whole session shares is none of these tests'."""
+    OTHERS[:] = processes(ENGINE)
 
 
 def when(condition: Callable[[], bool], act: Callable[[], Any]) -> threading.Thread:
