@@ -91,6 +91,8 @@ def register(app: typer.Typer, settings: Settings) -> None:
         ] = None,
     ) -> None:
         """Who is champion and candidate, and every change with who made it and why."""
+        if cycle and not sync:
+            raise InputError("--cycle says which cycle's numbers --sync logs: give --sync too")
         store = Store(config.store.uri)
         state = ledger.read(store.storage)
         if sync:
@@ -145,6 +147,9 @@ def _table(state: ledger.State) -> None:
     from rich.text import Text
 
     print(f"champion   {state.champion or 'the base policy'}\ncandidate  {state.candidate or 'none'}")
+    if not state.entries:
+        print("no change yet: the ledger is empty")
+        return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("", "what", "model", "cycle", "when", "by", "why"):
         table.add_column(name, overflow="fold")

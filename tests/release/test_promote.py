@@ -331,6 +331,13 @@ def test_the_commands_and_the_registry_that_follows(tracked: World) -> None:
     assert command(world, "crown", "--cycle", "2026-W40").exit_code == 2
 
 
+def test_before_the_first_change_the_ledger_says_so(world: World) -> None:
+    said = command(world, "champion")
+    assert (said.exit_code, said.stdout.splitlines()[-1]) == (0, "no change yet: the ledger is empty")
+    refused = command(world, "champion", "--cycle", "2026-W47")
+    assert (refused.exit_code, "give --sync too" in refused.stderr) == (2, True)
+
+
 def test_the_registry_follows_a_ledger_that_changes_while_it_follows(
     tracked: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
