@@ -2,7 +2,7 @@
 
 Ours does more for its time: it renders the chat, commits chunks, and makes the table of completions. With scoring on,
 a reward model of the policy's size reads every response, when generation has ended: engine and scorer share two cores
-here. (Scored while the engine goes on, the same took 59 s instead of 41; a scorer on a device of its own does that.)
+here. (Scored while the engine went on, ours took 59 s where the peer took 44: they fought for the cores.)
 """
 
 from __future__ import annotations
