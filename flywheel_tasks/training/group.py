@@ -29,7 +29,7 @@ class GroupConfig(TorchConfig):
 class Group(_TorchBackend):  # type: ignore[misc]  # Ray ships no types for it
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         workers = len(worker_group)
-        address, port = worker_group.execute_single(0, listen)
+        address, port = worker_group.execute_single(0, listen) if workers > 1 else ("", 0)
         worker_group.execute(_set_torch_distributed_env_vars)
         ray.get([
             worker_group.execute_single_async(
