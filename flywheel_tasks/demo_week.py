@@ -39,6 +39,12 @@ A_DAY = 0.5
 """Conversations a day of everybody in the A/B week."""
 MOST_TURNS = 12
 """What a user writes in one conversation at most: a few long ones would cost as much as all the others."""
+FEW_PROMPTS = (
+    "gate.win_rate={hold: 0.8, block: 0.9}", "gate.divergence={hold: 0.3, block: 0.4}",
+    "gate.disagreement={hold: 0.3, block: 0.4}",
+)  # fmt: skip
+"""Some ninety prompts are held out: two win-rates lie ten points apart by chance alone. The profile keeps the paper's
+lines, so `flywheel gate` judges by them."""
 EXPORTS, DELIVERIES = "exports", "deliveries"
 
 
