@@ -94,7 +94,7 @@ def turn(airflow: Airflow, cycle: str, say: Say) -> Turn:
     folder = week.traffic(cycle, say)
     names = [stage.name for stage in weekly()]
     # A few dozen examples could not teach the base what earlier cycles taught: SFT goes on from the champion.
-    settings = [*overrides(folder), *week.FEW_PROMPTS, f"models.base.path={week.reigning(cycle).path}"]
+    settings = [*overrides(folder), f"models.base.path={week.reigning(cycle).path}"]
     conf = {"cycle": cycle, "profile": week.PROFILE, "overrides": settings, "reviews_at_least": 0}
     sent, back = folder / week.EXPORTS, folder / week.DELIVERIES
     started = None
@@ -111,8 +111,9 @@ def turn(airflow: Airflow, cycle: str, say: Say) -> Turn:
 
 
 def overrides(world: Path) -> list[str]:
-    """Where this week's logs, cards, exports and deliveries are."""
+    """Where this week's logs, cards, exports and deliveries are, and a gate for few prompts."""
     return [
+        *week.FEW_PROMPTS,
         f"ingest.logs={json.dumps([str(world / 'logs' / '*')])}",
         f"ingest.characters={json.dumps([str(world / 'characters.jsonl')])}",
         f"annotate-export.folder={json.dumps(str(world / week.EXPORTS))}",

@@ -32,7 +32,7 @@ from flywheel_tasks.services import state_dir, user_key
 
 PROFILE = "demo"
 WEEKLY, DAILY = "character_flywheel", "ab_readout"
-USERS, DAYS, SEED = 70, 7, 17
+USERS, AB_USERS, DAYS, SEED = 70, 100, 7, 17
 INTERNAL = 0.35
 """Share of the traffic that is staff's: enough that the gate can compare user and internal prompts."""
 A_DAY = 0.5
@@ -45,6 +45,8 @@ FEW_PROMPTS = (
 )  # fmt: skip
 """Some ninety prompts are held out: two win-rates lie ten points apart by chance alone. The profile keeps the paper's
 lines, so `flywheel gate` judges by them."""
+FEW_USERS = ("readout.alpha=0.1", "readout.guard_pct=10")
+"""A hundred people decide a test of the profile's strictness once in a blue moon."""
 EXPORTS, DELIVERIES = "exports", "deliveries"
 
 
@@ -106,7 +108,7 @@ def ab_week(airflow: Airflow, cycle: str, say: Say) -> Artifact | None:
     read = [f"ingest.logs={json.dumps(logs)}", f"ingest.characters={json.dumps(cards)}"]
     others = [stage.name for stage in weekly() if stage.name != "ingest"]
     ingested = airflow.run(WEEKLY, conf | {"overrides": read, "skip": others, "reviews_at_least": 0})
-    days = [f"expose.start={start}", f"readout.as_of={start + datetime.timedelta(days=DAYS)}"]
+    days = [*FEW_USERS, f"expose.start={start}", f"readout.as_of={start + datetime.timedelta(days=DAYS)}"]
     done = airflow.run(DAILY, conf | {"overrides": days}) if ingested.state == "success" else ingested
     return home.pointed(cycle, "readout") if done.state == "success" else None
 
@@ -158,7 +160,7 @@ def _both_arms(cycle: str, candidate: ModelConfig, say: Say) -> Path:
     if folder.exists():
         return folder
     (experiment,) = named(load_config(PROFILE).stages["expose"].experiments, cycle)  # type: ignore[attr-defined]
-    people = world.steady(users.make_users(USERS, SEED), A_DAY)
+    people = world.steady(users.make_users(AB_USERS, SEED), A_DAY)
     key = user_key().encode()
     place = assign([ids.pseudonym(person.user_id, key) for person in people], experiment)
     arms, champion = list(experiment.arms), reigning(cycle)
@@ -170,9 +172,9 @@ def _both_arms(cycle: str, candidate: ModelConfig, say: Say) -> Path:
     }
     start = ids.cycle_start(cycle)
     counts = ", ".join(f"{list(version_of.values()).count(name)} with {name}" for name in served)
-    say(f"\nA/B week: {USERS} simulated users chat for {DAYS} days from {start}, {counts} ...")
+    say(f"\nA/B week: {AB_USERS} simulated users chat for {DAYS} days from {start}, {counts} ...")
     with whole(folder) as unfinished:
-        mix = Mix(internal=0.0, most_turns=MOST_TURNS)
+        mix = Mix(internal=0.0, most_turns=MOST_TURNS, regular=True)
         world.chat_with(
             served, unfinished, people, days=DAYS, seed=seed(cycle), start=start, mix=mix, version_of=version_of
         )

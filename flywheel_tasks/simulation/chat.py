@@ -66,6 +66,8 @@ class Mix:
     returning: float = 0.15
     most_turns: int = 40
     """Messages of a user in one conversation at most. Policies answer in rounds: the longest one sets their number."""
+    regular: bool = False
+    """People come at even intervals. Chance visits would hide a lift from a hundred users."""
 
 
 def chat(
@@ -186,7 +188,7 @@ def _begin(
     rng = np.random.default_rng([seed, 2])
     popularity = 1.0 / np.arange(1, len(characters) + 1)
     popularity = rng.permutation(popularity / popularity.sum())
-    held = [(u, day) for u in people for day in range(days) for _ in range(rng.poisson(u.conversations_per_day))]
+    held = [visit for u in people for visit in _visits(rng, u, days, mix.regular)]
     hours = np.clip(rng.normal(17.0, 4.5, len(held)), 0.0, 23.0)
     starts = sorted(range(len(held)), key=lambda i: (held[i][1], hours[i], i))
     midnight = dt.datetime.combine(start, dt.time(), dt.UTC)
@@ -216,6 +218,17 @@ def _begin(
         state.say(text)
         states.append(state)
     return states
+
+
+def _visits(rng: np.random.Generator, user: SimulatedUser, days: int, regular: bool) -> list[tuple[SimulatedUser, int]]:
+    """A user with the day of each of their conversations."""
+    rate = user.conversations_per_day
+    if regular:
+        due = np.floor(rate * np.arange(days + 1) + rng.random())
+        counts = np.diff(due).astype(int).tolist()
+    else:
+        counts = [int(rng.poisson(rate)) for _ in range(days)]
+    return [(user, day) for day, count in enumerate(counts) for _ in range(count)]
 
 
 def _disguise(rng: np.random.Generator, text: str) -> str:

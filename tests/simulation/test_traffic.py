@@ -22,6 +22,8 @@ from flywheel_tasks.simulation.faults import Faults
 from flywheel_tasks.simulation.language import Context
 from flywheel_tasks.simulation.plants import KINDS
 from flywheel_tasks.simulation.traffic import TrafficTruth, write_event_log
+from flywheel_tasks.simulation.users import make_users
+from flywheel_tasks.simulation.world import steady
 
 START = dt.date(2026, 11, 9)
 REQUIRED = ("event_id", "type", "conversation_id", "message_id", "user_id", "character_id", "at")
@@ -233,3 +235,12 @@ def test_nothing_that_ships_imports_the_simulation() -> None:
             if any(n.startswith("flywheel_tasks.simulation") for n in names):
                 importers.add(path.relative_to(package).as_posix())
     assert importers <= {"demo.py", "demo_week.py"}
+
+
+def test_regular_people_come_as_often_as_their_rate_says(tmp_path: Path) -> None:
+    people = steady(make_users(40, 3), 0.5)
+    mix = Mix(identifiers=0, regular=True)
+    truth = write_event_log(tmp_path, people=people, days=7, seed=2, start=START, mix=mix)
+    visits = Counter(conversation.user.user_id for conversation in truth.conversations.values())
+    assert set(visits.values()) == {3, 4}
+    assert len(visits) == 40
