@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +15,8 @@ from typer.core import TyperGroup
 from flywheel_tasks import pipeline, services_cli
 from flywheel_tasks.annotation import commands as annotation_commands
 from flywheel_tasks.core import ids, receipts
-from flywheel_tasks.core.config import PROFILES, FlywheelConfig
+from flywheel_tasks.core.commands import configured, told
+from flywheel_tasks.core.config import FlywheelConfig
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.manifest import Manifest
 from flywheel_tasks.core.stage import Stage
@@ -45,38 +46,29 @@ app = typer.Typer(
 )
 
 Cycle = Annotated[str, typer.Option("--cycle", help="ISO week, such as 2026-W47.")]
-Profile = Annotated[
-    str | None,
-    typer.Option("--profile", help=f"One of {', '.join(PROFILES)} (default: $FLYWHEEL_PROFILE, else demo)."),
-]
-ConfigFile = Annotated[
-    str | None,
-    typer.Option("--config", help="A YAML file instead of a profile; it may start from one with 'profile: NAME'."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one key: --set ingest.continue_minutes=15; lists as YAML. Repeatable."),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+over = configured(pipeline.load_config, example="ingest.continue_minutes=15")
 
 
 @app.command()
 def stages(as_json: AsJson = False) -> None:
-    """List the stages in the order of the loop: phase, paper section, outputs. With --json also inputs and config."""
+    """List the stages in the order of the loop: phase, paper section, what they read and write. With --json also what
+    they do and their config."""
     if as_json:
         _print_json([stage.declaration() for stage in pipeline.STAGES])
         return
-    rows = [(s.name, s.phase, s.paper, ", ".join(s.outputs)) for s in pipeline.STAGES]
-    _print_table(("stage", "phase", "paper", "writes"), rows)
+    reads = {s.name: dict.fromkeys(i.stage for i in s.inputs.values()) for s in pipeline.STAGES}
+    rows = [(s.name, s.phase, s.paper, ", ".join(reads[s.name]), ", ".join(s.outputs)) for s in pipeline.STAGES]
+    _print_table(("stage", "phase", "paper", "reads from", "writes"), rows)
 
 
 @app.command()
+@over
 def run(
+    config: FlywheelConfig,
     stage: Annotated[str, typer.Argument(help="A stage name; see `flywheel stages`.")],
     cycle: Cycle,
-    profile: Profile = None,
-    config: ConfigFile = None,
-    set_: Set = None,
     input_: Annotated[
         list[str] | None,
         typer.Option("--input", help="STAGE=MANIFEST_URI to read instead of this cycle's artifact. Repeatable."),
@@ -90,10 +82,9 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run one stage of one cycle. The last line of stdout is the URI of the artifact's manifest."""
-    settings = _settings(profile, config, set_)
-    artifact, outcome = _run_stage(pipeline.by_name(stage), cycle, settings, _given(input_ or []))
+    artifact, outcome = _run_stage(pipeline.by_name(stage), cycle, config, _given(input_ or []))
     if receipt:
-        receipts.leave(Store(settings.store.uri), receipt, artifact)
+        receipts.leave(Store(config.store.uri), receipt, artifact)
     if as_json:
         _print_json({"outcome": outcome, "uri": artifact.uri, "manifest": artifact.manifest.model_dump(mode="json")})
     else:
@@ -101,21 +92,19 @@ def run(
 
 
 @app.command()
+@over
 def cycle(
+    config: FlywheelConfig,
     cycle: Cycle,
-    profile: Profile = None,
-    config: ConfigFile = None,
-    set_: Set = None,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="A stage to leave out. Repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a whole cycle in this process, stage after stage. Stages whose artifact exists are not run again."""
-    settings = _settings(profile, config, set_)
     left_out = {pipeline.by_name(name).name for name in skip or []}
     results = []
     for stage in pipeline.weekly():
         if stage.name not in left_out:
-            artifact, outcome = _run_stage(stage, cycle, settings, {})
+            artifact, outcome = _run_stage(stage, cycle, config, {})
             results.append({"stage": stage.name, "outcome": outcome, "key": artifact.manifest.key, "uri": artifact.uri})
     if as_json:
         _print_json(results)
@@ -124,15 +113,14 @@ def cycle(
 
 
 @app.command()
+@over
 def status(
+    config: FlywheelConfig,
     cycle: Annotated[str | None, typer.Option("--cycle", help="One cycle instead of all.")] = None,
-    profile: Profile = None,
-    config: ConfigFile = None,
-    set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """What each cycle has made so far."""
-    store = Store(_settings(profile, config, set_).store.uri)
+    store = Store(config.store.uri)
     cycles = [ids.cycle_id(cycle)] if cycle else store.cycles()
     found = {name: [(stage.name, store.pointed(name, stage.name)) for stage in pipeline.STAGES] for name in cycles}
     if as_json:
@@ -147,16 +135,15 @@ def status(
 
 
 @app.command()
+@over
 def show(
+    config: FlywheelConfig,
     artifact: Annotated[str, typer.Argument(help="Manifest URI, STAGE/KEY, or the beginning of a key.")],
-    profile: Profile = None,
-    config: ConfigFile = None,
-    set_: Set = None,
     check: Annotated[bool, typer.Option("--verify", help="Also read every file and check its digest.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """One artifact's manifest: what it holds, its rows, inputs, config and environment."""
-    found = Store(_settings(profile, config, set_).store.uri).resolve(artifact)
+    found = Store(config.store.uri).resolve(artifact)
     if check:
         _say(f"{found.verify()} files verified")
     manifest = found.manifest
@@ -176,20 +163,19 @@ def show(
 
 
 @app.command()
+@over
 def lineage(
+    config: FlywheelConfig,
     artifact: Annotated[str | None, typer.Argument(help="Manifest URI, STAGE/KEY, or the beginning of a key.")] = None,
     user: Annotated[
         str | None, typer.Option("--user", help="Instead: every artifact that holds this user's words.")
     ] = None,
-    profile: Profile = None,
-    config: ConfigFile = None,
-    set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """What an artifact came from and what came of it, or where a user's words are."""
     from flywheel_tasks.core import lineage as graph
 
-    store = Store(_settings(profile, config, set_).store.uri)
+    store = Store(config.store.uri)
     if (artifact is None) == (user is None):
         raise InputError("give either an artifact or --user ID")
     if user is not None:
@@ -216,17 +202,16 @@ def lineage(
 
 
 @app.command()
+@over
 def forget(
+    config: FlywheelConfig,
     user: Annotated[str, typer.Option("--user", help="The user's id as it stands in the raw logs.")],
-    profile: Profile = None,
-    config: ConfigFile = None,
-    set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Purge a user's words from every artifact, mark the models that learned from them, and prove it."""
     from flywheel_tasks.core.forget import forget as purge
 
-    report = purge(Store(_settings(profile, config, set_).store.uri), user, ids.user_key())
+    report = purge(Store(config.store.uri), user, ids.user_key())
     if as_json:
         _print_json(report)
     else:
@@ -246,13 +231,9 @@ def main() -> None:
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="flywheel", standalone_mode=False) or 0)
     except FlywheelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        for note in getattr(error, "__notes__", ()):
-            print(f"       {note}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(told(error))
     except typer.TyperException as error:
-        print(f"error: {InputError(_usage(error))}", file=sys.stderr)
-        sys.exit(InputError.exit_code)
+        sys.exit(told(InputError(_usage(error))))
     except BrokenPipeError:
         sys.exit(1)
 
@@ -261,10 +242,6 @@ def _usage(error: Any) -> str:
     """What is wrong with the command line, in one line."""
     what = " ".join(error.format_message().split()).rstrip(".")
     return f"{what}: see `{error.ctx.command_path if error.ctx else 'flywheel'} --help`"
-
-
-def _settings(profile: str | None, config: str | None, overrides: Sequence[str] | None) -> FlywheelConfig:
-    return pipeline.load_config(profile, config, overrides or [])
 
 
 def _run_stage(stage: Stage, cycle: str, config: FlywheelConfig, given: dict[str, str]) -> tuple[Artifact, str]:
@@ -349,9 +326,9 @@ def _print_table(head: Iterable[str], rows: list[tuple[Any, ...]]) -> None:
 
 release_commands.register(app)
 services_cli.register(app)
-annotation_commands.register(app, _settings)
-evaluation_commands.register(app, _settings)
-champion_commands.register(app, _settings)
+annotation_commands.register(app, pipeline.load_config)
+evaluation_commands.register(app, pipeline.load_config)
+champion_commands.register(app, pipeline.load_config)
 
 if __name__ == "__main__":
     main()

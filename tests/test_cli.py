@@ -65,7 +65,8 @@ def test_stages_describe_themselves(home: Path) -> None:
     assert [stage["name"] for stage in listed] == [stage.name for stage in pipeline.STAGES]
     assert all({"name", "phase", "inputs", "outputs", "config", "resources", "paper"} <= set(stage) for stage in listed)
     assert all(stage["doc"] and stage["paper"] for stage in listed)
-    assert "ingest" in flywheel(home, "stages").stdout
+    row = next(line for line in flywheel(home, "stages").stdout.splitlines() if line.strip().startswith("filter "))
+    assert row.split()[-4:] == ["ingest", "conversations,", "prompts,", "report"], "what it reads from, what it writes"
 
 
 def test_status_show_and_lineage_tell_people_and_machines_the_same(home: Path, uri: str) -> None:
@@ -114,6 +115,7 @@ def test_status_show_and_lineage_tell_people_and_machines_the_same(home: Path, u
         (("run", "filter", "--cycle", "2030-W01"), "run `flywheel run ingest --cycle 2030-W01` first"),
         (("answer", "maybe", "--cycle", CYCLE), "say approve, reject or timeout"),
         (("gate", "--evidence", "/nowhere.json"), "/nowhere.json"),
+        (("gate", "--evidence", "-", "--set", "gate.win_rat={}"), "did you mean 'gate.win_rate'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(home: Path, arguments: tuple[str, ...], said: str) -> None:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from flywheel_tasks.core import schemas
 
 FORGOTTEN = "forgotten"
+"""The reason of a row whose user asked to be forgotten, in every stage."""
 
 
 def quarantined(rows: pa.Table, id_column: str, reason: str | Sequence[str]) -> pa.Table:

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flywheel_tasks.core import schemas
+from flywheel_tasks.core.quarantine import FORGOTTEN
 from flywheel_tasks.curation import language, privacy, prompts, safety
 from flywheel_tasks.curation.language import LanguageConfig
 from flywheel_tasks.curation.privacy import PrivacyConfig, Scrubbed
 from flywheel_tasks.curation.prompts import PromptConfig, TurnMarks
 from flywheel_tasks.curation.safety import SafetyConfig, Turns
-from flywheel_tasks.curation.spill import FORGOTTEN
 
 CLASSIFIER_ERROR: Final = "classifier_error"
 UNSAFE_PROMPT: Final = "unsafe_prompt"

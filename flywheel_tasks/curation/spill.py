@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 
 from flywheel_tasks.core import ids
 from flywheel_tasks.core.errors import ConfigError
+from flywheel_tasks.core.quarantine import FORGOTTEN
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.curation import events, logs
 from flywheel_tasks.curation.assemble import SPILLED
 
 REFUSED = pa.schema([("line", pa.int64()), ("reason", pa.string()), ("user", pa.string())])
-FORGOTTEN = "user asked to be forgotten"
 _SPILL_ROWS = 60_000
 _SPILL_BYTES = 64 << 20
 

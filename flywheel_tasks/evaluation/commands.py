@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flywheel_tasks.core import ids
+from flywheel_tasks.core.commands import Settings, configured
 from flywheel_tasks.core.config import FlywheelConfig
-from flywheel_tasks.core.errors import FlywheelError, InputError
+from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Store
 
 EXIT = {"PASS": 0, "HOLD": 3, "BLOCK": 4}
-
-Settings = Callable[[str | None, str | None, Sequence[str] | None], FlywheelConfig]
 
 
 def register(app: typer.Typer, settings: Settings) -> None:
     """Add `gate` and `report`; `settings` builds the configuration from profile, file and overrides."""
 
     @app.command("gate")
+    @configured(settings, "Whose thresholds and requirements.", "gate.require=[]")
     def gate(
+        config: FlywheelConfig,
         evidence: Annotated[
             Path | None, typer.Option(help="Evidence as JSON: rm_win_rate and more; '-' reads standard input.")
         ] = None,
@@ -36,27 +36,21 @@ def register(app: typer.Typer, settings: Settings) -> None:
         now: Annotated[
             str | None, typer.Option(help="Judge the evidence's age at this time, ISO 8601 (default: now).")
         ] = None,
-        profile: Annotated[str | None, typer.Option("--profile", help="Whose thresholds and requirements.")] = None,
-        config: Annotated[str | None, typer.Option("--config", help="A YAML file instead of a profile.")] = None,
-        set_: Annotated[
-            list[str] | None, typer.Option("--set", help="Override one key: --set gate.require=[]. Repeatable.")
-        ] = None,
     ) -> None:
         """Decide on a candidate from evidence: PASS (exit 0), HOLD (exit 3) or BLOCK (exit 4), with each rule's reason.
 
         A minimal document: {"rm_win_rate": {"pointwise_internal": {"rate": 0.55, "n": 2000}, "pointwise_user": {"rate":
         0.58, "n": 2000}}}. Evidence that the profile requires (gate.require) and that is missing blocks.
         """
-        try:
-            found = settings(profile, config, set_).stages["gate"]
-            outcome = _history(backtest, found, as_json) if backtest else _decision(evidence, found, now, as_json, page)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from error
-        raise typer.Exit(outcome)
+        found = config.stages["gate"]
+        raise typer.Exit(
+            _history(backtest, found, as_json) if backtest else _decision(evidence, found, now, as_json, page)
+        )
 
     @app.command("report")
+    @configured(settings, "Whose store.")
     def report(
+        config: FlywheelConfig,
         out: Annotated[Path, typer.Option(help="Folder for index.html and its figures.")],
         cycle: Annotated[str | None, typer.Option("--cycle", help="Up to this cycle (default: all).")] = None,
         history: Annotated[
@@ -68,16 +62,9 @@ def register(app: typer.Typer, settings: Settings) -> None:
         log: Annotated[
             bool, typer.Option("--log", help="Also log the page, without conversations, to the cycle's MLflow run.")
         ] = False,
-        profile: Annotated[str | None, typer.Option("--profile", help="Whose store.")] = None,
-        config: Annotated[str | None, typer.Option("--config", help="A YAML file instead of a profile.")] = None,
-        set_: Annotated[list[str] | None, typer.Option("--set", help="Override one key. Repeatable.")] = None,
     ) -> None:
         """Write the weekly page: decision, win-rates, metrics, lifts and benchmarks, of this version and over all."""
-        try:
-            _report(out, cycle, history, examples, log, settings(profile, config, set_))
-        except FlywheelError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from error
+        _report(out, cycle, history, examples, log, config)
 
 
 def log_page(store: Store, config: FlywheelConfig, cycle: str) -> None:

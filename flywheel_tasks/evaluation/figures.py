@@ -1,4 +1,4 @@
-"""The figures of a report: win-rates against their limits, the three panels of Figure 8, the twelve of Figure 10."""
+"""The figures of a report: win-rates and their gate's lines, the three panels of Figure 8, the twelve of Figure 10."""
 
 from __future__ import annotations
 
@@ -12,29 +12,43 @@ from flywheel_tasks.evaluation.history import CHARACTERISTICS, COMPARISON, Numbe
 GOOD, BAD, OPEN, INK, SOFT = "#1b7837", "#b2182b", "#6b7280", "#1c2430", "#8a94a3"
 COLOURS = {"pointwise_internal": "#2166ac", "pointwise_user": "#d9730d", "pairwise_user": "#7b3294"}
 REWARD = tuple(row for row in COMPARISON if row.name in COLOURS)
-LIMITS = ((0.60, "ideal 60 %", SOFT, ":"), (0.65, "hold 65 %", "#b26a00", "--"), (0.70, "block 70 %", BAD, "-"))
+LINES = (("ideal", SOFT, ":"), ("hold", "#b26a00", "--"), ("block", BAD, "-"))
+DOUBTFUL, TOO_GOOD = {"color": "#f6b26b", "alpha": 0.25}, {"color": "#e06666", "alpha": 0.22}
+
+
+def lines(version: Version) -> tuple[float, float, float]:
+    """Where its gate drew the ideal, the hold and the block line."""
+    return version.win_rate_ideal, version.win_rate.hold, version.win_rate.block
+
+
+def labels(version: Version) -> dict[float, tuple[str, str]]:
+    """Text and colour by place; the graver of two lines that coincide."""
+    named = zip(LINES, lines(version), strict=True)
+    return {at: (f"{name} {100 * at:.3g} %", colour) for (name, colour, _), at in named if at <= 1}
 
 
 def band(version: Version) -> bytes:
-    """This version's win-rates with their intervals, against the ideal 60 %, hold 65 % and block 70 %."""
+    """This version's win-rates with their intervals, against the lines of its gate."""
     figure, panels = _canvas(1, 1, (9.6, 2.6))
     axes = panels[0]
     rows = [row for row in reversed(REWARD) if row.name in version.numbers]
-    ends = [0.45, 0.75]
-    axes.axvspan(0.65, 0.70, color="#f6b26b", alpha=0.25, linewidth=0)
-    axes.axvspan(0.70, 1.0, color="#e06666", alpha=0.22, linewidth=0)
+    ends = [0.45, *labels(version)]
+    _, hold, block = lines(version)
+    axes.axvspan(hold, block, linewidth=0, **DOUBTFUL)
+    axes.axvspan(block, max(block, 1), linewidth=0, **TOO_GOOD)
     for y, row in enumerate(rows):
         number = version.numbers[row.name]
         _interval(axes, number, y, COLOURS[row.name])
         ends += [x for x in (number.value, number.low, number.high) if x is not None]
         axes.text(number.value, y + 0.22, f"{100 * number.value:.1f} %", ha="center", fontsize=9, color=INK)
     axes.axvline(0.5, color=SOFT, linewidth=0.8)
-    for at, label, colour, style in LIMITS:
+    for (_, colour, style), at in zip(LINES, lines(version), strict=True):
         axes.axvline(at, color=colour, linewidth=1.2, linestyle=style)
-        axes.text(at, len(rows) - 0.35, label, fontsize=8, color=colour, ha="center")
+    for at, (label, colour) in labels(version).items():
+        axes.text(at, 1.02, label, fontsize=8, color=colour, ha="center", transform=axes.get_xaxis_transform())
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
-    axes.set_ylim(-0.6, max(len(rows) - 0.1, 0.6))
-    axes.set_xlim(max(min(ends) - 0.02, 0), min(max(ends) + 0.02, 1))
+    axes.set_ylim(-0.6, max(len(rows) - 0.4, 0.6))
+    axes.set_xlim(max(min(ends) - 0.02, 0), min(max(ends) + 0.05, 1))
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
     if not rows:
         _nothing(axes, "no win-rate was measured")
@@ -101,9 +115,8 @@ def _lifts(axes: Any, versions: Sequence[Version]) -> None:
 
 def _win_rates(axes: Any, versions: Sequence[Version]) -> None:
     axes.set_title("Reward-model win-rate against the champion", loc="left", fontsize=11, fontweight="bold")
-    axes.axhspan(0.65, 0.70, color="#f6b26b", alpha=0.25, linewidth=0)
-    axes.axhspan(0.70, 1.0, color="#e06666", alpha=0.22, linewidth=0)
-    ends = [0.45, 0.72]
+    _lines_of_each(axes, versions)
+    ends, drawn = [0.45, *(at for v in versions for at in labels(v))], False
     for row in REWARD:
         points = [(x, v.numbers[row.name]) for x, v in enumerate(versions) if row.name in v.numbers]
         if points:
@@ -116,21 +129,31 @@ def _win_rates(axes: Any, versions: Sequence[Version]) -> None:
                 markersize=5,
                 linewidth=1.4,
             )
+            drawn = True
         for x, n in points:
             ends.append(n.value)
             if n.low is not None and n.high is not None:
                 axes.plot([x, x], [n.low, n.high], color=COLOURS[row.name], linewidth=1.0, alpha=0.6)
                 ends += [n.low, n.high]
     axes.axhline(0.5, color=SOFT, linewidth=0.8)
-    for at, label, colour, style in LIMITS:
-        axes.axhline(at, color=colour, linewidth=1.1, linestyle=style)
+    for at, (label, colour) in labels(versions[-1]).items():
         axes.text(1.005, at, label, color=colour, fontsize=8, va="center", transform=axes.get_yaxis_transform())
     axes.set_ylim(min(ends) - 0.02, min(max(ends) + 0.03, 1))
     axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
-    if len(ends) > 2:
+    if drawn:
         axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
     else:
         _nothing(axes, "no win-rate was measured")
+
+
+def _lines_of_each(axes: Any, versions: Sequence[Version]) -> None:
+    """Each version between the lines that its own gate judged by: a team may move them."""
+    edges = [-0.6, *(x - 0.5 for x in range(1, len(versions))), max(len(versions) - 0.4, 0.6)]
+    ideal, hold, block = zip(*map(lines, versions), strict=True)
+    axes.stairs(block, edges, baseline=hold, fill=True, linewidth=0, **DOUBTFUL)
+    axes.stairs([max(at, 1) for at in block], edges, baseline=block, fill=True, linewidth=0, **TOO_GOOD)
+    for (_, colour, style), places in zip(LINES, (ideal, hold, block), strict=True):
+        axes.stairs(places, edges, baseline=None, color=colour, linewidth=1.1, linestyle=style)
 
 
 def _growth(axes: Any, versions: Sequence[Version]) -> None:

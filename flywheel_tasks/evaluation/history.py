@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.evaluation.gate_config import Band, GateConfig
 
 
 class Number(NamedTuple):
@@ -37,6 +38,9 @@ class Version:
     """Whether it became champion; only then its lift counts in the cumulative growth."""
     candidate: str | None = None
     champion: str | None = None
+    win_rate: Band = GateConfig().win_rate
+    win_rate_ideal: float = GateConfig().win_rate_ideal
+    """What its gate judged win-rates by, and the target that it named; the defaults where no gate is known."""
 
 
 class Row(NamedTuple):
@@ -102,6 +106,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
 }
 """Table 10's sections; rows that a history has beyond these are added to the section of their kind."""
 LANGUAGE = "language_match:"
+LINES = ("win_rate", "win_rate_ideal")
 
 
 def groups(versions: list[Version]) -> dict[str, tuple[Row, ...]]:
@@ -168,6 +173,8 @@ def of_cycle(store: Store, cycle: str) -> Version:
             take(artifact, numbers, before)
     gate, promotion = store.pointed(cycle, "gate"), store.pointed(cycle, "promote")
     decision = gate.json("decision") if gate else {}
+    config = gate.manifest.config if gate else {}
+    judged = GateConfig.model_validate({name: config[name] for name in LINES if name in config})
     return Version(
         name=cycle,
         date=f"{gate.manifest.finished:%Y-%m-%d}" if gate else "",
@@ -179,6 +186,8 @@ def of_cycle(store: Store, cycle: str) -> Version:
         released=any(e.action == "crown" and e.cycle == cycle for e in read(store.storage).entries),
         candidate=decision.get("candidate"),
         champion=decision.get("champion"),
+        win_rate=judged.win_rate,
+        win_rate_ideal=judged.win_rate_ideal,
     )
 
 

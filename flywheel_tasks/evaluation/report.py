@@ -167,20 +167,22 @@ def _table(versions: list[Version]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [
         (
             title,
-            [{"label": row.label, "cells": [_cell(v.numbers.get(row.name), row) for v in versions]} for row in rows],
+            [{"label": row.label, "cells": [_cell(v, row) for v in versions]} for row in rows],
         )
         for title, rows in groups(versions).items()
     ]
 
 
-def _cell(number: Number | None, row: Row) -> dict[str, str]:
+def _cell(version: Version, row: Row) -> dict[str, str]:
+    number = version.numbers.get(row.name)
     if number is None:
         return {"text": "–", "span": "", "tone": ""}
     tone = ""
     if row.unit == "lift" and number.low is not None and number.high is not None:
         tone = "up" if number.low > 0 else "down" if number.high < 0 else ""
     if row.good == "band":
-        tone = "down" if number.value >= 0.70 else "doubt" if number.value >= 0.65 else ""
+        band = version.win_rate
+        tone = "down" if number.value >= band.block else "doubt" if number.value >= band.hold else ""
     return {"text": _text(number, row), "span": _span(number, row), "tone": tone}
 
 

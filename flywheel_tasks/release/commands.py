@@ -70,6 +70,7 @@ def readout(
     """
     from rich.console import Console
 
+    from flywheel_tasks.core.commands import told
     from flywheel_tasks.core.errors import FlywheelError
     from flywheel_tasks.release.readout_cli import plan_files, read_out_files, render_plan
     from flywheel_tasks.release.table import render
@@ -91,8 +92,7 @@ def readout(
             raise typer.BadParameter("give --exposures, or --plan to plan from the activity alone")
         result = read_out_files(exposures, activity, config, plot)
     except FlywheelError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(error.exit_code) from error
+        raise typer.Exit(told(error)) from error
     _print(result.as_json(), render(result), as_json)
     if result.status != "closed":
         Console(stderr=True).print(

@@ -48,7 +48,6 @@ def run(inputs: Inputs, config: PromoteConfig, out: Output) -> None:
             "candidate": str(model) if model else None,
             "candidate_path": model.path(out.store_uri) if model else None,
             "gate": f"{gate.manifest.stage}/{gate.manifest.key}",
-            "evidence_page": f"{gate.manifest.folder}/{gate.manifest.outputs['page'].files[0].path}",
         },
     )
     for word in ("promoted", "held", "blocked"):

@@ -35,6 +35,9 @@ imagePullSecrets:
 {{- required (printf "images.%s is empty: name the image that docker/build made" .name) (index .root.Values.images .name) }}
 {{- end }}
 
+{{/* MLflow keeps something on its volume, which one pod at a time can mount. */}}
+{{- define "flywheel.mlflowVolume" -}}{{- if not (and .Values.mlflow.database.secret .Values.mlflow.artifacts) }}yes{{- end }}{{- end }}
+
 {{- define "flywheel.rayToken" -}}{{ .Values.ray.token.secret | default (printf "%s-ray-token" .Release.Name) }}{{- end }}
 {{- define "flywheel.mlflowAdmin" -}}{{ .Values.mlflow.admin.secret | default (printf "%s-mlflow-admin" .Release.Name) }}{{- end }}
 {{- define "flywheel.mlflowUri" -}}http://{{ .Release.Name }}-mlflow.{{ .Release.Namespace }}.svc:{{ .Values.mlflow.port }}{{- end }}

@@ -23,11 +23,13 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
         return FlywheelConfig.model_validate({"store": {"uri": f"file:///{profile}/{'/'.join(set_ or ())}"}})
 
     @app.command()
-    @configured(settings, "Whose store.")
+    @configured(settings, "Whose store.", "x=[1]")
     def show(config: FlywheelConfig, word: Annotated[str, typer.Argument(help="Any.")], times: int = 1) -> None:
         """Say a word."""
         if times < 0:
-            raise FlywheelError("less than nothing")
+            error = FlywheelError("less than nothing")
+            error.add_note("and nothing could be removed")
+            raise error
         print(config.store.uri, word * times)
 
     found = CliRunner().invoke(app, [*arguments])
@@ -40,13 +42,19 @@ def test_a_command_is_given_its_configuration_and_its_own_options() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
-    [(("ho", "--times", "-1"), 1, "less than nothing"), (("ho", "--config", "x.yaml"), 2, "x.yaml is not there")],
+    [
+        (("ho", "--times", "-1"), 1, "less than nothing\n       and nothing could be removed"),
+        (("ho", "--config", "x.yaml"), 2, "x.yaml is not there"),
+    ],
 )
-def test_an_error_is_one_line_with_its_exit_code(arguments: tuple[str, ...], code: int, said: str) -> None:
+def test_an_error_is_one_line_with_its_exit_code_and_what_else_went_wrong_beneath(
+    arguments: tuple[str, ...], code: int, said: str
+) -> None:
     assert invoke(*arguments) == (code, "", f"error: {said}\n")
 
 
 def test_the_help_names_the_shared_options_behind_the_commands_own() -> None:
     text = invoke("--help")[1]
-    places = [text.index(word) for word in ("Say a word.", "--times", "--profile", "Whose store.", "--config", "--set")]
+    words = ("Say a word.", "--times", "--profile", "Whose store.", "test, demo, cluster", "--config", "--set", "x=[1]")
+    places = [text.index(word) for word in words]
     assert places == sorted(places)

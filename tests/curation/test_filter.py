@@ -256,7 +256,7 @@ def test_an_image_link_that_tells_of_a_person_is_removed(tmp_path: Path, image: 
 def test_forgotten_users_are_rejected(tmp_path: Path) -> None:
     artifact = run(tmp_path, [talk(0, *CALM), talk(1, *CALM)], forgotten=frozenset({f"{1:032x}"}))
     assert accepted(artifact) == ["c0"]
-    assert reasons(artifact) == {"c1": "user asked to be forgotten"}
+    assert reasons(artifact) == {"c1": "forgotten"}
 
 
 @pytest.mark.parametrize(

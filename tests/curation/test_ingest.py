@@ -210,7 +210,7 @@ def test_a_forgotten_user_cannot_come_back_through_the_logs(
     assert pseudonym not in again.table("conversations").read(["user"])["user"].to_pylist()
     assert pseudonym not in again.table("activity").read(["unit_id"])["unit_id"].to_pylist()
     quarantine = again.table("quarantine").read().to_pylist()
-    gone = [row for row in quarantine if row["reason"] == "user asked to be forgotten"]
+    gone = [row for row in quarantine if row["reason"] == "forgotten"]
     assert gone
     assert all(row["user"] is None for row in gone)
 

@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from flywheel_tasks.core import ids, lineage, schemas
+from flywheel_tasks.core import ids, lineage, quarantine, schemas
 from flywheel_tasks.core.forget import forget
 from flywheel_tasks.core.partial import Partial
 from flywheel_tasks.core.store import Store
-from flywheel_tasks.curation import spill
 from flywheel_tasks.simulation import faults
 from flywheel_tasks.simulation.chat import Mix
 from flywheel_tasks.simulation.traffic import TrafficTruth, write_event_log
@@ -217,5 +216,5 @@ def test_the_forgotten_do_not_come_back_with_their_logs(lived: Lived, user_key: 
     assert ingested
     assert model
     assert ingested.manifest.rows
-    assert ingested.manifest.rows.reasons[spill.FORGOTTEN] >= FORGOTTEN
+    assert ingested.manifest.rows.reasons[quarantine.FORGOTTEN] >= FORGOTTEN
     assert model.manifest.forgotten == (), "the new model never met them"

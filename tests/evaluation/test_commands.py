@@ -81,6 +81,8 @@ def test_evidence_may_come_through_a_pipe() -> None:
         (["--evidence", "-"], "not JSON"),
         (["--evidence", "-", "--set", "gate.win_rate={hold: 0.9, block: 0.7}"], "hold 0.9 is above block 0.7"),
         (["--evidence", "-", "--set", "gate.requires=[]"], "did you mean 'gate.require'"),
+        (["--evidence", "-", "--profile", "tset"], "legal profiles are test, demo, cluster"),
+        (["--evidence", "-", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["--backtest", "nowhere.csv"], "cannot be read"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from flywheel_tasks.core import schemas
 from flywheel_tasks.evaluation import figures, report
 from flywheel_tasks.evaluation.examples import side_by_side
+from flywheel_tasks.evaluation.gate_config import Band
 from flywheel_tasks.evaluation.history import CHARACTERISTICS, Number, Version, from_csv, groups
 from tests.evaluation.test_versus import both, prompts
 
@@ -142,6 +143,39 @@ def test_figures_are_the_same_bytes_every_time() -> None:
     versions = [version("2026-W46"), version("2026-W47", 1)]
     for draw in (figures.figure_8, figures.figure_10):
         assert draw(versions) == draw(versions)
+
+
+WIDER: dict[str, Any] = {"win_rate": Band(hold=0.8, block=0.9), "win_rate_ideal": 0.6}
+
+
+def test_a_version_is_shown_between_the_lines_that_its_gate_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo's band is wider than the paper's, and a team may move its own: earlier versions keep theirs."""
+    monkeypatch.setattr(figures, "_png", lambda figure: figure)
+    paper, wider = version("2026-W46"), version("2026-W47", **WIDER)
+    for shown, places in ((paper, [0.6, 0.65, 0.7]), (wider, [0.6, 0.8, 0.9])):
+        (axes,) = figures.band(shown).axes  # type: ignore[attr-defined]
+        assert [line.get_xdata()[0] for line in axes.lines[-4:]] == [0.5, *places]
+        said = [f"{name} {100 * at:.0f} %" for name, at in zip(("ideal", "hold", "block"), places, strict=True)]
+        assert [text.get_text() for text in axes.texts[-3:]] == said
+        assert axes.get_xlim()[1] > places[-1]
+    panel = figures.figure_8([paper, wider]).axes[1]  # type: ignore[attr-defined]
+    steps = [patch.get_data() for patch in panel.patches if patch.get_data().baseline is None]
+    assert [list(step.values) for step in steps] == [[0.6, 0.6], [0.65, 0.8], [0.7, 0.9]]
+    assert list(steps[0].edges) == [-0.6, 0.5, 1.6]
+
+
+def test_a_band_without_a_middle_or_beyond_every_rate_still_draws() -> None:
+    for hold, block in ((0.7, 0.7), (0.65, 1.2), (1.1, 1.2), (0.0, 0.0)):
+        odd = version("2026-W47", win_rate=Band(hold=hold, block=block))
+        assert figures.figure_8([odd]).startswith(b"\x89PNG")
+        assert figures.band(odd).startswith(b"\x89PNG")
+
+
+def test_a_cells_colour_is_what_its_own_gate_said_of_it() -> None:
+    high = {"pointwise_user": Number(0.72, 0.7, 0.74)}
+    versions = [Version("2026-W46", "", high), Version("2026-W47", "", high, **WIDER)]
+    cells = dict(report._table(versions))["Comparison"][0]["cells"]
+    assert [cell["tone"] for cell in cells] == ["down", ""]
 
 
 def test_only_released_versions_grow_engagement() -> None:

