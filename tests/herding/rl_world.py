@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from flywheel_tasks.simulation.characters import demo_characters
 from tests.curation.curation_runs import prompts
 from tests.herding.conftest import run
 from tests.preherding.conftest import TOPICS, Given
-from tests.tiny_llama import build_tiny_llama
 
 CHANGES: dict[str, Any] = {
     "train": {"steps": 4, "epochs": 9, "batch": 4, "learning_rate": 0.003, "warmup": 0.0, "floor": 1.0},
@@ -90,37 +89,6 @@ def stage(
         "pairwise": (given("preference-pairwise", {"model": judges["pairwise"]}), "model"),
     }
     return run(STAGE, store, config(**changes), artifacts, key=key)
-
-
-def counting(tokenizer_of: Path, folder: Path, worth: Callable[[str], float], kind: str = "pointwise") -> Path:
-    """A pointwise preference model whose score is known: the mean over its tokens of what each is worth.
-
-    A Llama of one layer whose attention reads every token alike and adds their mean worth to the last state, where the
-    head finds it. It goes through the same checkpoint, scorer and tokenizer as any other."""
-    import torch
-
-    from flywheel_tasks.models.chat import load_tokenizer
-    from flywheel_tasks.models.checkpoint import save_scorer
-    from flywheel_tasks.models.heads import load_scorer
-
-    base = build_tiny_llama(folder / "base", layers=1)
-    tokenizer = load_tokenizer(tokenizer_of)
-    scorer = load_scorer(base, kind=kind, dtype=torch.float32)  # type: ignore[arg-type]
-    trunk: Any = scorer.model
-    width = trunk.config.hidden_size
-    with torch.no_grad():
-        for name, parameter in scorer.named_parameters():
-            parameter.fill_(1.0 if "norm" in name else 0.0)
-        for token in range(trunk.config.vocab_size):
-            value = worth(tokenizer.decode([token])) if token not in tokenizer.all_special_ids else 0.0
-            row = trunk.embed_tokens.weight[token]
-            row[0], row[1] = value, (width - value**2) ** 0.5  # every state has the same norm
-        layer = trunk.layers[0].self_attn
-        layer.v_proj.weight[0, 0] = 1.0
-        layer.o_proj.weight[2, 0] = 1.0
-        scorer.weight[0, 2] = 100.0
-    save_scorer(scorer, tokenizer, folder / "model")
-    return folder / "model"
 
 
 def setup(policy: Path, judges: dict[str, Path], characters: pa.Table, **changes: Any) -> Setup:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy import stats
 
+from benchmarks.bench_rises import interval
+from benchmarks.counting import counting, vowels
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.herding.reward import Scale, scale_of
 from flywheel_tasks.herding.rl_hooks import Batches, Sync
@@ -24,16 +25,17 @@ from flywheel_tasks.training.config import PlacementConfig, TrainingConfig
 from flywheel_tasks.training.loop import Job, run_loop
 from flywheel_tasks.training.step import World
 from tests.herding import rl_world
-from tests.herding.test_rollouts import vowels
 from tests.training.bags import Here as Link
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 26
+SEEDS = (101, 102, 103)
+"""None of those by which the learning rate was chosen."""
 
 
 @pytest.fixture(scope="module")
 def rollouts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rollouts]:
-    pointwise = rl_world.counting(tiny_model, tmp_path_factory.mktemp("counting"), vowels)
+    pointwise = counting(tiny_model, tmp_path_factory.mktemp("counting"), vowels)
     judges, cast = {"pointwise": pointwise, "pairwise": pointwise}, character_table(demo_characters())
     told = rl_world.setup(tiny_model, judges, cast, train={"batch": 18}, sampling={"k": 8})
     with rl_world.unpinned(), Rollouts(told) as made:
@@ -75,15 +77,14 @@ def worth(rollouts: Rollouts, prompts: pa.Table, seed: int) -> float:
 def test_the_reward_rises_over_seeds(rollouts: Rollouts, tiny_model: Path, tmp_path: Path, kind: str) -> None:
     others = rl_world.week(60).slice(24)
     gains = []
-    for seed in range(3):
+    for seed in SEEDS:
         loss = rl.LossConfig(kind=kind)  # type: ignore[arg-type]
         rollouts.serve(str(tiny_model))
         before = worth(rollouts, others, seed)
         lines = climb(rollouts, tiny_model, tmp_path / str(seed), seed, loss)
         gains.append(worth(rollouts, others, seed) - before)
         assert all(np.isfinite(list(line["metrics"].values())).all() for line in lines)
-    low = stats.t.interval(0.95, 2, np.mean(gains), stats.sem(gains))[0]
-    assert low > 0, gains
+    assert interval(gains)[0] > 0, gains
 
 
 def test_with_overlap_the_rollouts_are_one_step_old_and_it_still_rises(

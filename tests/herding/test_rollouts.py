@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from benchmarks.counting import counting, vowels
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.herding.reward import Scale
 from flywheel_tasks.herding.rl_hooks import Batches, Sync
@@ -33,13 +34,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PROBE = ProbeConfig(tokens=4, most=0.5, mean=0.1)
 
 
-def vowels(text: str) -> float:
-    return sum(letter in "aeiou" for letter in text.lower()) / max(len(text), 1)
-
-
 @pytest.fixture(scope="module")
 def judges(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    pointwise = rl_world.counting(tiny_model, tmp_path_factory.mktemp("counting"), vowels)
+    pointwise = counting(tiny_model, tmp_path_factory.mktemp("counting"), vowels)
     return {"pointwise": pointwise, "pairwise": rl_world.judge(tiny_model, tmp_path_factory.mktemp("p"), "pairwise")}
 
 
@@ -101,8 +98,8 @@ def test_groups_without_variance_are_counted_and_other_prompts_drawn_until_none_
     tiny_model: Path, characters: pa.Table, judges: dict[str, Path], tmp_path: Path
 ) -> None:
     """Only responses with a rare letter earn anything: most groups are equal. With no such letter, all are."""
-    rare = rl_world.counting(tiny_model, tmp_path / "rare", lambda text: float("z" in text.lower()))
-    never = rl_world.counting(tiny_model, tmp_path / "never", lambda text: 0.0)
+    rare = counting(tiny_model, tmp_path / "rare", lambda text: float("z" in text.lower()))
+    never = counting(tiny_model, tmp_path / "never", lambda text: 0.0)
     for model, nothing in ((rare, False), (never, True)):
         told = rl_world.setup(tiny_model, judges | {"pointwise": model}, characters)
         with rl_world.unpinned(), Rollouts(told) as made:
