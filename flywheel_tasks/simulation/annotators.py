@@ -65,7 +65,8 @@ def review(annotator: Annotator, task: Task, at: dt.datetime, seed: int) -> Revi
     rng = np.random.default_rng([seed, 13, *task.task_id.encode(), *annotator.name.encode()])
     character, history = _character(task), [Turn(said.role, said.content) for said in task.shown.history]
     sides = (task.shown.left, task.shown.right)
-    worth = [engagement(annotator.taste, reply_features(character, history, side.text)) for side in sides]
+    taste = annotator.taste
+    worth = [engagement(taste, reply_features(character, history, side.text, taste.sweet_words)) for side in sides]
     preferred = _preferred(annotator, worth, sides, rng)
     said = [words(turn.content) for turn in history[-1:]] + [words(side.text) for side in sides]
     reading = sum(map(len, said)) / annotator.words_per_second

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def better(task: Task, person: annotators.Annotator) -> str | None:
     character = next(c for c in demo_characters() if c.name == task.shown.character.name)
     history = [Turn(said.role, said.content) for said in task.shown.history]
     left, right = (
-        engagement(person.taste, reply_features(character, history, side.text))
+        engagement(person.taste, reply_features(character, history, side.text, person.taste.sweet_words))
         for side in (task.shown.left, task.shown.right)
     )
     return None if abs(left - right) < 1.0 else "left" if left > right else "right"
@@ -43,6 +44,15 @@ def test_careful_annotators_choose_what_engages_them_and_noise_is_what_it_says(t
         decided = [(s, side) for s, (_, side) in zip(said, clear, strict=True) if s in ("left", "right")]
         right = np.mean([s == side for s, side in decided])
         assert right == pytest.approx(1 - noise / 2, abs=0.09)
+
+
+def test_who_wants_few_words_chooses_by_that(tasks: list[Task]) -> None:
+    usual = annotators.team(1, 5, noise=0.0)[0]
+    terse = replace(usual, taste=replace(usual.taste, sweet_words=6.0, length=6.0))
+    clear = [(task, better(task, terse)) for task in tasks if better(task, terse) not in (None, better(task, usual))]
+    assert len(clear) > 20
+    agreed = [annotators.review(terse, task, AT, 3).preferred == side for task, side in clear]
+    assert np.mean(agreed) > 0.9
 
 
 def test_the_same_seed_gives_the_same_review_and_another_seed_another(tasks: list[Task]) -> None:
