@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flywheel_tasks.annotation.contract import Task
+from flywheel_tasks.annotation.contract import Response, Task
 from flywheel_tasks.simulation import annotators
 from flywheel_tasks.simulation.characters import demo_characters
 from flywheel_tasks.simulation.users import Turn, engagement, reply_features
@@ -48,11 +48,20 @@ def test_careful_annotators_choose_what_engages_them_and_noise_is_what_it_says(t
 
 def test_who_wants_few_words_chooses_by_that(tasks: list[Task]) -> None:
     usual = annotators.team(1, 5, noise=0.0)[0]
-    terse = replace(usual, taste=replace(usual.taste, sweet_words=6.0, length=6.0))
-    clear = [(task, better(task, terse)) for task in tasks if better(task, terse) not in (None, better(task, usual))]
-    assert len(clear) > 20
-    agreed = [annotators.review(terse, task, AT, 3).preferred == side for task, side in clear]
-    assert np.mean(agreed) > 0.9
+    terse = replace(usual, taste=replace(usual.taste, sweet_words=4.0, length=9.0))
+    few, many = "so it goes then", "so it goes then and on and on " * 3
+
+    def short(person: annotators.Annotator, task: Task) -> bool:
+        sides = (side.model_copy(update={"text": text}) for side, text in zip(_sides(task), (few, many), strict=True))
+        shown = task.shown.model_copy(update=dict(zip(("left", "right"), sides, strict=True)))
+        return annotators.review(person, task.model_copy(update={"shown": shown}), AT, 3).preferred == "left"
+
+    assert np.mean([short(terse, task) for task in tasks]) > 0.95
+    assert np.mean([short(usual, task) for task in tasks]) < 0.05
+
+
+def _sides(task: Task) -> tuple[Response, Response]:
+    return task.shown.left, task.shown.right
 
 
 def test_the_same_seed_gives_the_same_review_and_another_seed_another(tasks: list[Task]) -> None:
