@@ -53,9 +53,11 @@ SIZES = (
     "rejection-sample.most_prompts=48", "rejection-sample.sampling.k=8", "rejection-sample.threshold.quantile=0.2",
     "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=80", "dpo.train.learning_rate=0.0001",
     "rl.train.steps=10", "rl.train.learning_rate=0.0005", "rl.sampling.k=8", "rl.selection.candidates=32",
-    "rl.guardrail.every=5", "rl.guardrail.prompts=24",
+    "rl.guardrail.every=2", "rl.guardrail.prompts=24", "rl.guardrail.ideal=0.65", "rl.guardrail.hard=0.75",
+    "metrics.style.sizes={words: 1, longest_block: 1}", "gate.style_drift={hold: 1, block: 2}",
 )  # fmt: skip
-"""What differs from the demo's profile: enough pairs and updates to learn from."""
+"""What differs from the demo's profile: enough pairs and updates to learn from, and room for shorter answers, which are
+what these people want."""
 FIRST = (
     "ingest", "filter", "diversify", "constrain", "pairs", "annotate-export", "annotate-import",
     "preference-pointwise", "preference-pairwise", "signal-rm", "rejection-sample", "sft",
@@ -195,8 +197,12 @@ class Wheel:
         if not self.arm.signals:
             return config
         model = _thumbs(self._artifact(cycle, "signal-rm"), self.folder)
-        # Nothing stops the run but its last step, and that comes late: what the gate then says of it is the question.
-        free = ("rl.guardrail.ideal=0.98", "rl.guardrail.hard=1.0", "rl.train.steps=20")
+        # The signal is all there is, and nothing stops the run but its last step, which comes late: what the gate then
+        # says of it is the question.
+        free = (
+            "rl.guardrail.ideal=0.98", "rl.guardrail.hard=1.0", "rl.guardrail.every=10", "rl.train.steps=30",
+            "rl.reward.long=0", "rl.reward.repetition=0", "rl.reward.language=0", "rl.reward.format=0",
+        )  # fmt: skip
         return self._config(traffic, cycle, f"rl.reward.model.path={model}", *free)
 
     def _config(self, traffic: Path, cycle: str, *more: str) -> FlywheelConfig:

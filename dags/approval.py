@@ -88,11 +88,12 @@ def form() -> dict[str, Param]:
 def page(artifact: Artifact, said: Mapping[str, Any]) -> str:
     """What the person sees; everything measured is on the evidence page."""
     reasons = [f"- `{reason.replace('`', '')}`" for reason in said["reasons"]]
+    gate = Store(artifact.storage.uri).resolve(said["gate"]).manifest
     facts = [
         f"**Cycle** {artifact.manifest.cycle}",
         f"**Candidate** `{said['candidate']}`",
         "**Why it is held**\n\n" + "\n".join(reasons or ["- no reason given"]),
-        f"**Evidence** `{artifact.storage.uri}/{said['evidence_page']}`",
+        f"**Evidence** `{artifact.storage.uri}/{gate.folder}/{gate.outputs['page'].files[0].path}`",
         f"Without an answer within {artifact.manifest.config['hold_hours']:g} hours the candidate is refused.",
     ]
     return "\n\n".join(facts)

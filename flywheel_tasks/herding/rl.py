@@ -82,6 +82,7 @@ def _train(
 def _finish(trained: Trained, history: History, start: Start, config: RlConfig, out: Output) -> None:
     from flywheel_tasks.herding import exported
     from flywheel_tasks.training.learn import MODEL
+    from flywheel_tasks.training.run import untimed
 
     chosen, kept = hand_out(trained, history, config.guardrail, out)
     served = exported.prove_one(out, chosen, out.folder(MODEL), config.serving)
@@ -103,8 +104,8 @@ def _finish(trained: Trained, history: History, start: Start, config: RlConfig, 
             "selection": start.selected.report,
             "held_out": {"prompts": start.held_out.num_rows, "share": start.held_out.num_rows / start.held_out_of},
             "guards": {str(step): _guards(history[step]) for step in sorted(history) if _guards(history[step])},
-            "first": history.get(1, {}),
-            "last": dict(trained.metrics),
+            "first": untimed(history.get(1, {})),
+            "last": untimed(trained.metrics),
         },
     )
     learnt = start.selected.prompts.num_rows

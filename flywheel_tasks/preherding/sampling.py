@@ -148,9 +148,12 @@ def _choose(
     out: Output,
 ) -> Sampled:
     completions = pa.concat_tables(drawn.tables)
-    scores = {name: np.concatenate([part[name] for part in drawn.scores]) for name in drawn.scores[0]}
     place = {prompt_id: number for number, prompt_id in enumerate(prompts["prompt_id"].to_pylist())}
     prompt = np.array([place[prompt_id] for prompt_id in completions["prompt_id"].to_pylist()], np.int64)
+    # In the order of the prompts: which chunk is ready first is chance.
+    order = np.argsort(prompt, kind="stable")
+    completions, prompt = completions.take(pa.array(order)), prompt[order]
+    scores = {name: np.concatenate([part[name] for part in drawn.scores])[order] for name in drawn.scores[0]}
     unfit = unusable(completions, config.keep_unfinished)
     reward = np.where([reason is None for reason in unfit], scores["reward"], np.nan)
     top = selection.best(prompt, reward, prompts.num_rows)
@@ -180,8 +183,8 @@ def _choose(
     out.reject(quarantined(prompts.take(lost), "prompt_id", [why[number] for number in lost]))
     report = _report(segments, chosen, by_chance, completions, reward, kept, highest, tau, drawn, config)
     out.json("report", report)
-    for name in ("acceptance", "tokens_per_second", "waiting_share"):
-        out.metric(f"sample/{name}", report[name])
+    for name, value in {"acceptance": report["acceptance"], **_pace(drawn.stats)}.items():
+        out.metric(f"sample/{name}", value)
     for k, value in enumerate(report["best_of_k"], start=1):
         out.metric("sample/best_of_k", value, step=k)
     return Sampled(int(accepted.sum()))
@@ -290,8 +293,6 @@ def _report(
     ]
     explored = np.flatnonzero(by_chance)
     finish = Counter(completions["finish"].to_pylist())
-    stats = drawn.stats
-    seconds = max(stats["seconds"], 1e-9)
     finite = tau[np.isfinite(tau)]
     return {
         "prompts": len(segments),
@@ -303,16 +304,23 @@ def _report(
         "best_of_k": selection.best_of(reward, config.sampling.k),
         "finish": dict(finish),
         "infinity_loops": finish["length"],
-        "tokens": int(stats["tokens"]),
-        "tokens_per_second": stats["tokens"] / seconds,
-        "waiting_share": min(stats["waiting_seconds"] / seconds, 1.0),
-        "scoring_seconds": stats["scoring_seconds"],
-        "too_long": int(stats["too_long"]),
-        "dropped_turns": int(stats["dropped_turns"]),
+        "tokens": pc.sum(completions["tokens"]).as_py(),
+        "too_long": int(drawn.stats["too_long"]),
+        "dropped_turns": int(drawn.stats["dropped_turns"]),
         "earned": router.learn(
             [chosen[n] for n in explored], [segments[n] for n in explored], [float(highest[n]) for n in explored]
         ),
     }
+
+
+def _pace(stats: dict[str, float]) -> dict[str, float]:
+    """How fast this attempt was, for tracking alone: the next one may find half of the chunks made."""
+    seconds = max(stats["seconds"], 1e-9)
+    waited = min(stats["waiting_seconds"] / seconds, 1.0)
+    return {
+        "tokens_per_second": stats["tokens"] / seconds, "waiting_share": waited,
+        "scoring_seconds": stats["scoring_seconds"],
+    }  # fmt: skip
 
 
 def _shares(rows: list[dict[str, Any]], by: str) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ from flywheel_tasks.core.output import Output
 from flywheel_tasks.models.lora import Lora
 from flywheel_tasks.training.config import PlacementConfig, TrainingConfig
 from flywheel_tasks.training.rows import RowFile
-from flywheel_tasks.training.run import Trained, train
+from flywheel_tasks.training.run import Trained, train, untimed
 from flywheel_tasks.training.task import Task
 
 MODEL, STEPS = "model", "steps"
@@ -33,7 +33,7 @@ def learn(task: Task, tables: Iterable[pa.Table], config: LearnConfig, out: Outp
     """Train on the tables' rows, log every step, and write the last model to `model` and earlier ones to `steps`."""
     rows, trained = fit(task, tables, config, out, "train")
     keep(trained, out)
-    return {"rows": rows, "steps": trained.steps, "last": dict(trained.metrics)}
+    return {"rows": rows, "steps": trained.steps, "last": untimed(trained.metrics)}
 
 
 def fit(task: Task, tables: Iterable[pa.Table], config: LearnConfig, out: Output, name: str) -> tuple[int, Trained]:

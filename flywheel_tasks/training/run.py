@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.2
 _STATE = "state"
 _KEPT_STATES = 2
+_TIMES = ("step_s", "tokens_per_s")
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 
 
@@ -85,6 +86,12 @@ def train(
         raise FlywheelError(f"training stopped: {failed}, in {folder}")
     trained.published = state.published(folder)
     return trained
+
+
+def untimed(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a report may hold of a step: an artifact is the same whoever makes it, and no two runs take the same time.
+    Times go to tracking."""
+    return {name: value for name, value in metrics.items() if name not in _TIMES and not name.startswith("seconds/")}
 
 
 def _watch(outcome: _Outcome, lines: Path) -> Iterator[dict[str, Any]]:

@@ -71,6 +71,8 @@ def test_only_a_hold_asks(world: World, monkeypatch: pytest.MonkeyPatch):
     run(task, context(world.promote("HOLD")))
     assert waits == [timedelta(hours=72)]
     assert "HOLD: as told" in str(task.body)
+    where = str(task.body).partition("**Evidence** `file://")[2].partition("`")[0]
+    assert Path(where).read_text() == "<p>page</p>"
 
 
 @pytest.mark.parametrize(("option", "action"), [(APPROVE, "nominate"), (REJECT, "refuse")])

@@ -16,7 +16,8 @@ import pytest
 
 from flywheel_tasks.core import ids, runner
 from flywheel_tasks.core.store import Store
-from tests.drills import kill_cycle, small_cycle, watched
+from tests.drills import kill_cycle, kill_loop, small_cycle, watched
+from tests.drills.killing import Count
 from tests.drills.lived import Lived
 
 SEEDS = 3
@@ -35,13 +36,23 @@ def test_killed_processes_leave_nothing_but_the_same_artifacts(
     world: tuple[Path, dict[str, Any], float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, wanted, took = world
-    count = kill_cycle.Count()
+    count = Count()
     for seed in range(SEEDS):
         kill_cycle.drill(seed, folder, kill_cycle.QUICK, (), took, wanted, count)
     with capsys.disabled():
         print(f"\n  {count.kills} processes of {SEEDS} cycles killed, each cycle resumed to the same keys and digests")
     assert count.resumed == SEEDS
     assert count.kills > SEEDS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_killed_stage_of_a_whole_week_is_resumed_to_the_same_artifact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with capsys.disabled():
+        print()
+        assert kill_loop.main(tmp_path, seeds=2) == 0
 
 
 @pytest.mark.slow

@@ -117,6 +117,7 @@ def test_two_learners_climb_and_every_prompt_is_accounted_for(
     steps = Counter(step for name, _, step in curve if name == "train/loss")
     assert steps == {1: 1, 2: 1, 3: 1, 4: 1}
     seen = {name for name, *_ in curve}
+    assert not [name for name in report["first"] | report["last"] if name.startswith("seconds/")]
     assert {f"train/seconds/{part}" for part in ("generate", "score", "learn", "sync", "step")} <= seen
     assert {"train/kl", "train/clipped", "train/weight", "train/probe/drift_max", "train/guard/kl"} <= seen
     assert {"train/reward/preference", "train/reward/long", "train/guard/win_rate_pairwise"} <= seen

@@ -86,6 +86,7 @@ def test_the_mixture_is_learned_and_every_row_is_accounted_for(
     assert report["served"].keys() == {"8", "16"}
     assert all(0 < drift["probe/drift_max"] < 0.5 for drift in report["served"].values())
     assert {"loss/safety", "loss/user_rjs"} <= report["training"]["last"].keys()
+    assert not {"step_s", "tokens_per_s"} & report["training"]["last"].keys(), "no two runs take the same time"
     assert {file.path.split("/")[-1] for file in made.manifest.outputs["model"].files} >= {
         "config.json", "model.safetensors", "tokenizer.json",
     }  # fmt: skip

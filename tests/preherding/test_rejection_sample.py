@@ -13,6 +13,7 @@ from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.stage import Inputs
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.models import generate
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
 from flywheel_tasks.preherding.rejection_config import RejectionConfig, ThresholdConfig
 from flywheel_tasks.preherding.rejection_sample import STAGE
@@ -96,7 +97,7 @@ def test_the_best_response_that_reaches_the_threshold_is_kept(
     report = made.json("report")
     assert report["accepted"] == len(kept) == made.manifest.rows.rows_out
     assert report["best_of_k"] == sorted(report["best_of_k"])
-    assert 0 < report["waiting_share"] <= 1
+    assert 0 < made.manifest.metrics["sample/waiting_share"] <= 1
     assert report["by_policy"].keys() == {str(tiny_model)}
     assert made.manifest.rows.reasons == {"below_threshold": 11, "older_version": 1}
     assert sum(row["n"] for row in report["earned"]) == 22
@@ -105,6 +106,19 @@ def test_the_best_response_that_reaches_the_threshold_is_kept(
     assert {example["source"] for example in examples} <= {"internal_rjs", "user_rjs"}
     assert all([m["trained"] for m in e["messages"]] == [False, True] for e in examples)
     assert {feature["status"] for feature in made.json("style")["features"]} <= {"ok", "drift", "unknown"}
+
+
+def test_which_chunk_was_ready_first_does_not_show(
+    store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    complete = generate.complete
+    monkeypatch.setattr(generate, "complete", lambda *given, **named: reversed(list(complete(*given, **named))))
+    made = sample(store, given, characters, judges, tiny_model, "c" * 32, chunk=5)
+    rows = made.table("completions").read().select(["prompt_id", "sample", "tokens"]).to_pylist()
+    wanted = [f"c{i}.0" for i in range(24) if i not in (3, 7)]
+    assert [(row["prompt_id"], row["sample"]) for row in rows] == [(p, s) for p in wanted for s in range(K)]
+    assert made.json("report")["tokens"] == sum(row["tokens"] for row in rows)
 
 
 def test_a_threshold_that_nothing_reaches_is_an_error_that_names_the_best(

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from flywheel_tasks.core.errors import CorruptArtifact, FlywheelError, InputError
 from flywheel_tasks.core.store import Store
 from flywheel_tasks.core.tracking import Tracker
-from flywheel_tasks.release import champion, champion_commands, ledger, registry
+from flywheel_tasks.release import champion, champion_commands, ledger, promote, registry
 from tests.release.promotion_world import GATE, RESPOND, World
 
 
@@ -55,6 +55,14 @@ def test_a_pass_nominates_and_the_champion_stays(world: World) -> None:
     assert (now.candidate, now.champion) == (model(world), None)
     assert champion.candidate_of(world.store, "release-2026-W47") == model(world)
     assert champion.candidate_of(world.store, "2026-W48") is None
+
+
+def test_what_promote_says_does_not_depend_on_the_attempts_before_it(world: World) -> None:
+    """A gate that was killed and made again is the same gate: so is what follows from it."""
+    gate = world.gate("PASS")
+    made = world.run(promote.STAGE)
+    assert made.json("promotion")["gate"] == f"gate/{gate.manifest.key}"
+    assert gate.manifest.attempt not in made.file("promotion").decode()
 
 
 @pytest.mark.parametrize("word", ["BLOCK", "", "pass", "SHIP IT"])
