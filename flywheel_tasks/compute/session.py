@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from flywheel_tasks.core.errors import FlywheelError
+
 _OBJECT_STORE_BYTES = 256 << 20
-_START_SECONDS = "300"
-"""A busy machine needs longer than Ray's own limit to start it."""
+_START_SECONDS, _TRIES = 90, 3
+"""A raylet gives its agents 15 s to start, however busy the machine is, and else dies (ray-project/ray#65983), which
+Ray sees as one that is slow: another try costs less than a longer wait."""
 _LEAN = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
 """For the workers of a small machine: give memory back instead of keeping pools; a fifth less in all, measured."""
+_LATE = "timed out during startup"
 _starting = threading.Lock()
 
 
@@ -36,7 +40,7 @@ def _ensure() -> Any:
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_SECONDS)
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", str(_START_SECONDS))
     import ray
 
     if ray.is_initialized():
@@ -48,6 +52,14 @@ def _ensure() -> Any:
             _stay_on_loopback()
             for name, value in _LEAN.items():
                 os.environ.setdefault(name, value)
+            _start(ray)
+    return ray
+
+
+def _start(ray: Any) -> None:
+    """A Ray of this process, on loopback."""
+    for left in reversed(range(_TRIES)):
+        try:
             ray.init(
                 address="local",  # without it Ray joins whatever cluster somebody started on this machine
                 num_cpus=cpus(),
@@ -57,7 +69,16 @@ def _ensure() -> Any:
                 logging_level="ERROR",
                 _node_ip_address="127.0.0.1",
             )
-    return ray
+            return
+        except Exception as error:
+            if _LATE not in str(error):
+                raise
+            ray.shutdown()
+            if not left:
+                raise FlywheelError(
+                    f"Ray did not start on this machine in {_TRIES} tries of {_START_SECONDS} s: give it less to do at "
+                    "once and run the stage again (/tmp/ray/session_latest/logs/raylet.err says more)"
+                ) from error
 
 
 @contextmanager

@@ -64,12 +64,10 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """On the profile `test`: a state to resume from after every step of training, chunks of generation of four prompts,
 and long deadlines, since a busy machine is no hung engine."""
-PATIENCE, TRIES = 1800.0, 3
-"""Seconds after which an attempt counts as hanging, and how often one is begun that Ray did not start for."""
-RAY_WAS_LATE = "The current node timed out during startup"
-CROWDED = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "RAY_raylet_start_wait_time_s": "90"}
-"""Pinned threads that wait for each other crawl when other processes use the same cores; and a raylet that died as it
-started need not be waited for as long as a slow one."""
+PATIENCE = 1800.0
+"""Seconds after which an attempt counts as hanging."""
+CROWDED = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Pinned threads that wait for each other crawl when other processes use the same cores."""
 
 
 def prepare(folder: Path) -> None:
@@ -102,17 +100,9 @@ def start(folder: Path, stage: str) -> subprocess.Popen[str]:
 
 
 def made(folder: Path, stage: str) -> float:
-    """Run the stage to a good end; the seconds of that attempt. A raylet gives its agents 15 s to start, however busy
-    the machine is, and else dies (ray-project/ray#65983): then the stage is begun again, as a scheduler would."""
-    for late in range(TRIES):
-        began = time.monotonic()
-        try:
-            small_cycle.finished(start(folder, stage), within=PATIENCE)
-            break
-        except AssertionError as error:
-            if RAY_WAS_LATE not in str(error) or late + 1 == TRIES:
-                raise
-            print(f"{stage}: Ray did not start in time; again", flush=True)
+    """Run the stage to a good end; the seconds that it took."""
+    began = time.monotonic()
+    small_cycle.finished(start(folder, stage), within=PATIENCE)
     return time.monotonic() - began
 
 

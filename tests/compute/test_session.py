@@ -1,0 +1,43 @@
+"""A Ray that does not start is started again; one that never does is told in a line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A raylet gives its agents 15 s to start: those of the first `late` raylets take longer. What runs at Python's start is
+# found by sys.orig_argv, since argv is not there yet.
+LATE = """
+import os, sys, time, pathlib
+if any("runtime_env/agent/main.py" in word for word in sys.orig_argv):
+    late = pathlib.Path({folder!r}) / "late"
+    left = int(late.read_text())
+    late.write_text(str(left - 1))
+    if left > 0:
+        time.sleep(25)
+"""
+START = """
+from flywheel_tasks.compute import session
+from flywheel_tasks.core.errors import FlywheelError
+session._START_SECONDS = 20
+try:
+    print(session.ensure().cluster_resources()["CPU"] >= 1)
+except FlywheelError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("late", "said"), [(1, "True"), (9, "Ray did not start on this machine in 3 tries of 20 s")])
+def test_a_ray_that_starts_too_late_is_started_again(tmp_path: Path, late: int, said: str) -> None:
+    (tmp_path / "late").write_text(str(late))
+    (tmp_path / "sitecustomize.py").write_text(LATE.format(folder=str(tmp_path)))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [env.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, env=env, timeout=300)
+    assert done.stdout.startswith(said), done.stdout + done.stderr
+    assert int((tmp_path / "late").read_text()) == late - (2 if late == 1 else 3)
