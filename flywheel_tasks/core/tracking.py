@@ -120,6 +120,7 @@ class Tracker:
         try:
             with self._lock:
                 self._send(record)
+                self._finish_run(record)
         except Exception as error:
             reason = self._reason(error)
             kept = f"{_PENDING}/{record.stage}-{record.attempt}.json"
@@ -156,7 +157,9 @@ class Tracker:
                 data = self._storage.read(path) if path.endswith(".json") else None
                 if data is not None:
                     with self._lock:
-                        self._send(AttemptRecord.from_json(data))
+                        waiting = AttemptRecord.from_json(data)
+                        self._send(waiting)
+                        self._finish_run(waiting)
                     self._storage.delete(path)
             except FileNotFoundError:
                 continue  # another run sent it at the same time
@@ -173,8 +176,6 @@ class Tracker:
             if record.run_id is None:
                 record.run_id = self._start_run(client, record)
             self._log_metrics(client, record)
-            if record.finished:
-                self._finish_run(client, record)
 
     def _start_run(self, client: Any, record: AttemptRecord) -> str:
         experiment = _experiment(client, self._uri)
@@ -204,14 +205,17 @@ class Tracker:
             client.log_batch(record.run_id, metrics=batch, params=params if not start else [])
         record.sent_metrics += len(fresh)
 
-    def _finish_run(self, client: Any, record: AttemptRecord) -> None:
-        if record.checkpoints:
-            _log_checkpoints(self._uri, record)
-        for path in record.files:
-            data = self._storage.read(path)
-            if data is not None:
-                _log_file(client, str(record.run_id), path, data)
-        client.set_terminated(record.run_id, record.status, _milliseconds(record.finished or record.started))
+    def _finish_run(self, record: AttemptRecord) -> None:
+        """What is sent once, when the attempt is over."""
+        client = _client(self._uri)
+        with _local_lock(self._uri):
+            if record.checkpoints:
+                _log_checkpoints(self._uri, record)
+            for path in record.files:
+                data = self._storage.read(path)
+                if data is not None:
+                    _log_file(client, str(record.run_id), path, data)
+            client.set_terminated(record.run_id, record.status, _milliseconds(record.finished or record.started))
 
     def _parent_run(self, client: Any, experiment: str, cycle: str) -> str:
         """The cycle's run. The store settles which one it is when several stages start at once."""
@@ -278,6 +282,8 @@ def _log_checkpoints(uri: str, record: AttemptRecord) -> None:
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment(EXPERIMENT)
     for checkpoint in record.checkpoints:
+        if "model_id" in checkpoint:
+            continue  # sent before MLflow went away
         model = mlflow.create_external_model(
             name="-".join([record.stage, checkpoint["output"], record.cycle, *checkpoint["step"].split()]),
             source_run_id=record.run_id,

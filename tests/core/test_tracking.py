@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from flywheel_tasks.core import tracking
 from flywheel_tasks.core.config import FlywheelConfig, TrackingConfig
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.output import Output
@@ -113,6 +115,30 @@ def test_a_checkpoint_is_a_logged_model_that_holds_a_reference_not_weights(
     assert later["input.base"] == f"drill-first/{artifact.manifest.key}", "what a model was made from stands beside it"
     files = [f.path for f in client.list_artifacts(runs(client, "tags.stage = 'drill-first'")[0].info.run_id)]
     assert sorted(files) == ["plot.png", "report.json"]
+
+
+def test_a_checkpoint_is_logged_once_though_the_attempt_is_sent_while_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of the stage and that of its record the running sender may still come by."""
+    monkeypatch.setattr(tracking, "_FIRST_SEND_SECONDS", 0.01)
+    monkeypatch.setattr(tracking, "_SEND_EVERY_SECONDS", 0.01)
+    config = config_for(str(tmp_path / "store"))
+    artifact = run_stage(FIRST, CYCLE, config, Store(config.store.uri)).artifact
+    about = artifact.manifest
+    record = tracking.AttemptRecord(
+        CYCLE, FIRST.name, about.attempt, about.key, artifact.uri, about.commit, {}, about.finished
+    )
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with tracking.Tracker(uri, Store(config.store.uri).storage).watch(record):
+        while record.run_id is None:
+            time.sleep(0.05)
+        record.finish(artifact)
+        time.sleep(1)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert len(client.search_logged_models([experiment.experiment_id])) == 1
+    assert client.get_run(record.run_id).info.status == "FINISHED"
 
 
 def test_tracking_that_is_down_costs_a_warning_and_is_made_up_for(

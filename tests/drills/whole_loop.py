@@ -17,7 +17,7 @@ from typing import Any
 
 from flywheel_tasks.core.store import Store
 from flywheel_tasks.pipeline import STAGES as PIPELINE
-from flywheel_tasks.simulation import world
+from flywheel_tasks.simulation import annotators, world
 from flywheel_tasks.simulation.characters import character_table, demo_characters
 from flywheel_tasks.simulation.chat import Mix
 from flywheel_tasks.simulation.language import scripted_policy
@@ -137,7 +137,7 @@ def _name_no_attempt(store: Store) -> None:
 
 def _people_answer(exports: Path, deliveries: Path) -> None:
     """By chance: to the babble of random weights a careful person would answer "neither" each time."""
-    world.answer(exports, deliveries, people=5, noise=1.0, seed=3, day=small_cycle.MONDAY)
+    world.answer(exports, deliveries, annotators.team(5, 3, noise=1.0), seed=3, day=small_cycle.MONDAY)
 
 
 def as_it_was(folder: Path, stage: str) -> None:
