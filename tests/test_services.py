@@ -302,17 +302,44 @@ def test_after_a_skipped_stage_the_rest_runs_on_what_the_store_has(up: Up):
     assert {state for name, state in states.items() if name not in skipped | BETWEEN} == {"success"}
 
 
-@pytest.mark.slow
-def test_a_person_can_trigger_a_run_from_the_form_and_read_its_log(up: Up, tmp_path: Path):
+@contextlib.contextmanager
+def browsing(**login: Any) -> Iterator[Any]:
+    """A page of a headless Chromium."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on this machine")
     playwright = pytest.importorskip("playwright.sync_api")
-    first = weekly()[0].name
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 1200})
+        page = browser.new_context(viewport={"width": 1400, "height": 1200}, **login).new_page()
         page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+@pytest.mark.slow
+def test_a_person_can_compare_two_checkpoints_in_mlflow(up: Up, tmp_path: Path):
+    login = {"username": up.endpoints.user, "password": up.endpoints.password()}
+    with browsing(http_credentials=login) as page:
+        search = f"{up.endpoints.mlflow}/api/2.0/mlflow/experiments/search"
+        found = page.request.post(search, data={"max_results": 5}).json()["experiments"]
+        (mine,) = [one["experiment_id"] for one in found if one["name"] == "character-flywheel"]
+        page.goto(f"{up.endpoints.mlflow}/#/experiments/{mine}/runs?workflowType=machine_learning")
+        page.get_by_role("row").filter(has_text="cycle 2026-W20").locator("button").first.click()
+        for run in ("sft 2026-W20", "dpo 2026-W20"):
+            page.get_by_role("row").filter(has_text=run).get_by_role("checkbox").check(force=True)
+        page.get_by_role("button", name="Compare", exact=True).click()
+        page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
+        # Both are there with what they were trained on and what came of it.
+        for known in ("dpo 2026-W20", "sft 2026-W20", "sft.train.learning_rate", "train/loss", "rows.out"):
+            page.get_by_text(known, exact=True).first.wait_for(state="attached")
+        page.screenshot(path=tmp_path / "compared.png", full_page=True)
+
+
+@pytest.mark.slow
+def test_a_person_can_trigger_a_run_from_the_form_and_read_its_log(up: Up, tmp_path: Path):
+    first = weekly()[0].name
+    with browsing() as page:
         page.goto(up.endpoints.airflow, wait_until="domcontentloaded")
         page.fill("input[name=username]", up.endpoints.user)
         page.fill("input[name=password]", up.endpoints.password())
@@ -332,7 +359,6 @@ def test_a_person_can_trigger_a_run_from_the_form_and_read_its_log(up: Up, tmp_p
         page.goto(f"{up.endpoints.airflow}/dags/character_flywheel/runs/{run_id}/tasks/{first}")
         page.get_by_text(f"artifact: file://{up.state}/store/artifacts/{first}/").wait_for()
         page.screenshot(path=tmp_path / "log.png")
-        browser.close()
 
 
 @pytest.mark.slow
