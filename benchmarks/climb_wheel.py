@@ -53,7 +53,7 @@ SIZES = (
     "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=80", "dpo.train.learning_rate=0.0001",
     "rl.train.steps=10", "rl.train.learning_rate=0.0005", "rl.sampling.k=8", "rl.selection.candidates=32",
     "rl.guardrail.every=2", "rl.guardrail.prompts=24", "rl.guardrail.ideal=0.65", "rl.guardrail.hard=0.75",
-    "metrics.style.sizes={words: 1, longest_block: 1}", "gate.style_drift={hold: 1.5, block: 2}",
+    "metrics.style.sizes={words: 1.5, longest_block: 1.5}", "gate.style_drift={hold: 1.5, block: 2}",
 )  # fmt: skip
 """What differs from the demo's profile: enough pairs and updates to learn from, and room for shorter answers, which are
 what these people want."""
@@ -196,10 +196,11 @@ class Wheel:
         if not self.arm.signals:
             return config
         model = _thumbs(self._artifact(cycle, "signal-rm"), self.folder)
-        # The signal is all there is, and nothing stops the run but its last step, which comes late: what the gate then
-        # says of it is the question.
+        # The signal is all there is: nothing holds the policy back, and only its last step is measured, so that it is
+        # the output. What the gate then says of it is the question.
         free = (
-            "rl.guardrail.ideal=0.98", "rl.guardrail.hard=1.0", "rl.guardrail.every=10", "rl.train.steps=30",
+            "rl.guardrail.ideal=0.98", "rl.guardrail.hard=1.0", "rl.guardrail.every=30", "rl.train.steps=30",
+            "rl.train.epochs=12", "rl.train.learning_rate=0.002", "rl.loss.grpo.beta=0", "rl.selection.share=1",
             "rl.reward.long=0", "rl.reward.repetition=0", "rl.reward.language=0", "rl.reward.format=0",
         )  # fmt: skip
         return self._config(traffic, cycle, f"rl.reward.model.path={model}", *free)
