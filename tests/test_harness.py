@@ -23,8 +23,8 @@ def sleeps(seconds: float) -> dict[str, float]:
 
 
 def holds(mib: int, in_child: bool) -> None:
-    """Touch memory for half a second, here or in a child process."""
-    code = f"import time; x = bytearray({mib * MIB}); time.sleep(0.5)"
+    """Touch memory for a second, here or in a child process."""
+    code = f"import time; x = bytearray({mib * MIB}); time.sleep(1)"
     if in_child:
         import subprocess
 
