@@ -14,26 +14,29 @@ class Progress:
     def __init__(self, title: str) -> None:
         self._title = title
         self._started = self._last = time.monotonic()
+        self._first: tuple[float, float] | None = None
         self._bar: Any = None
         self._task: Any = None
 
     def update(self, done: float, total: float, unit: str) -> None:
         now = time.monotonic()
-        elapsed = now - self._started
-        if elapsed < _QUIET_SECONDS:
+        if self._first is None and done:
+            self._first = done, now
+        if now - self._started < _QUIET_SECONDS:
             return
         if sys.stderr.isatty():
             self._draw(done, total)
         elif now - self._last >= _LINE_SECONDS:
             self._last = now
-            rate = done / elapsed
-            left = (total - done) / rate if rate else 0.0
-            print(
-                f"{self._title}: {done:,.0f} of {total:,.0f} {unit} ({done / max(total, 1):.0%}), "
-                f"{rate:,.0f} {unit}/s, {left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            rate = self._rate(done, now)
+            print(f"{self._title}: {line(done, total, unit, rate)}", file=sys.stderr, flush=True)
+
+    def _rate(self, done: float, now: float) -> float:
+        """Since the first step was done, which also waited for models to load."""
+        before, since = self._first or (0.0, self._started)
+        if done <= before:
+            before, since = 0.0, self._started
+        return (done - before) / (now - since)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -57,3 +60,14 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=total)
         self._bar.update(self._task, completed=done, total=total)
+
+
+def line(done: float, total: float, unit: str, rate: float) -> str:
+    """How far it is, how fast, and how long it still takes."""
+    how_far = f"{done:,.0f} of {total:,.0f} {unit} ({done / max(total, 1):.0%})"
+    if not rate:
+        return how_far
+    pace = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.0f} s each"
+    seconds = (total - done) / rate
+    left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{how_far}, {pace}, {left} left"
