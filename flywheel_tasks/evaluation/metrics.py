@@ -14,6 +14,7 @@ from pydantic import Field
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.quarantine import FORGOTTEN
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.curation.language import LanguageConfig
 from flywheel_tasks.evaluation.judge import JudgeConfig
@@ -79,7 +80,7 @@ def _split(responses: pa.Table, forgotten: frozenset[str]) -> tuple[pa.Table, pa
     """Responses that never came about, or whose user asked to be forgotten; and the others."""
     gone = pc.is_in(responses["user"], pa.array(sorted(forgotten), pa.string()))
     out = pc.or_(pc.equal(responses["finish"], "error"), gone)
-    reason = pc.if_else(gone, "forgotten", pc.fill_null(responses["reason"], "error"))
+    reason = pc.if_else(gone, FORGOTTEN, pc.fill_null(responses["reason"], "error"))
     index = responses.schema.get_field_index("reason")
     named = responses.set_column(index, responses.schema.field("reason"), reason)
     return named.filter(out), responses.filter(pc.invert(out)).combine_chunks()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.core.quarantine import FORGOTTEN
 from flywheel_tasks.stats import winrate
 from flywheel_tasks.stats.winrate import WinRate, win_rate
 
@@ -84,7 +85,7 @@ def without(responses: pa.Table, forgotten: frozenset[str]) -> tuple[pa.Table, p
     """The responses that may be used, and quarantine rows, which name no one, for those of forgotten users."""
     compared = responses.filter(pc.is_in(responses.column("policy"), pa.array([CANDIDATE, CHAMPION])))
     mask = pc.is_in(compared.column("user"), pa.array(sorted(forgotten), pa.string()))
-    rows = quarantine(compared.filter(mask), "forgotten")
+    rows = quarantine(compared.filter(mask), FORGOTTEN)
     nobody = pa.nulls(rows.num_rows, pa.string())
     return compared.filter(pc.invert(mask)), rows.set_column(rows.schema.get_field_index("user"), "user", nobody)
 

@@ -20,6 +20,7 @@ from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.quarantine import FORGOTTEN
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.core.tables import TableReader
 from flywheel_tasks.release import ledger
@@ -238,7 +239,7 @@ def _without(table: pa.Table, forgotten: frozenset[str]) -> tuple[pa.Table, pa.T
     gone = pc.is_in(table.column("unit_id"), value_set=pa.array(sorted(forgotten), pa.string()))
     count = int(pc.sum(gone).as_py() or 0)
     rows = [
-        {"row_id": f"exposure-{i}", "reason": "forgotten", "where": "previous exposures", "user": None, "raw": None}
+        {"row_id": f"exposure-{i}", "reason": FORGOTTEN, "where": "previous exposures", "user": None, "raw": None}
         for i in range(count)
     ]
     return table.filter(pc.invert(gone)), pa.Table.from_pylist(rows, schema=schemas.QUARANTINE)
