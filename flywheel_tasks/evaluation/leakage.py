@@ -2,7 +2,8 @@
 
 A prompt leaked if its id, its conversation, or its text occurs in training data. Text means the turns up to the
 prompt's last one, so a training row that goes on from there counts too. "hi" occurs everywhere and says nothing: below
-a number of characters only ids count.
+a number of characters only ids count. An id that leaked means that the split is broken, and stops the stage. A text may
+be that of two people who said the same to the same: while few are, they are left out, counted, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.manifest import SourceRecord
 from flywheel_tasks.core.storage import open_external
 
+TEXT = "text"
 _SHOWN = 20
 
 
@@ -34,9 +36,6 @@ class Overlap(NamedTuple):
 
     prompts: int
     leaked: dict[str, str]
-
-    def as_json(self) -> dict[str, Any]:
-        return {"prompts": self.prompts, "leaked": len(self.leaked), "examples": sorted(self.leaked)[:_SHOWN]}
 
 
 def seen(
@@ -100,13 +99,14 @@ def overlap(prompts: pa.Table, known: Seen, least_characters: int) -> Overlap:
         elif row["conversation_id"] in known.conversations:
             leaked[row["prompt_id"]] = "conversation"
         elif said >= least_characters and text in known.texts:
-            leaked[row["prompt_id"]] = "text"
+            leaked[row["prompt_id"]] = TEXT
     return Overlap(prompts.num_rows, leaked)
 
 
-def refuse(found: Overlap) -> None:
-    """Stop where anything leaked, and name it."""
-    if found.leaked:
+def refuse(found: Overlap, most_texts: float) -> None:
+    """Stop where an id leaked, or the texts of more than this share of the prompts, and name them."""
+    texts = list(found.leaked.values()).count(TEXT)
+    if texts < len(found.leaked) or texts > most_texts * found.prompts:
         names = sorted(found.leaked)
         shown = ", ".join(f"{name} ({found.leaked[name]})" for name in names[:_SHOWN])
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

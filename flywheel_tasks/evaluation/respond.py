@@ -17,7 +17,7 @@ from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig, Operational, StageConfig, model_of
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
-from flywheel_tasks.core.quarantine import of_others, without
+from flywheel_tasks.core.quarantine import of_others, quarantined, without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.evaluation.versus import CANDIDATE, CHAMPION, SETS
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
@@ -40,6 +40,9 @@ class RespondConfig(StageConfig):
     least_characters: int = Field(
         40, ge=1, description="a prompt of fewer characters may occur in training by chance: only its ids are compared"
     )
+    most_leaked: float = Field(
+        0.05, ge=0, lt=1, description="share of the prompts that are left out at most because training has their text"
+    )
     deadline_s: float | None = Field(
         None, gt=0, description="time for one policy's responses", json_schema_extra=Operational
     )
@@ -56,13 +59,14 @@ class _Policy(NamedTuple):
 
 def run(inputs: Inputs, config: RespondConfig, out: Output) -> None:
     """The held-out prompts of both sets, internal and user, answered once by the candidate, the champion and the SFT
-    checkpoint. Prompts that training saw stop the stage, listed by id. An answer that the last cycle already
-    has (same weights, same card and turns, same sampling) is taken from there."""
+    checkpoint. Prompts that training saw stop the stage, listed by id; the few whose text somebody else also said
+    are left out. An answer that the last cycle already has (same weights, card, turns and sampling) is taken from
+    there."""
     from flywheel_tasks.models.generate import cards
 
     chosen = _chosen(inputs["prompts"].read(), config.most_prompts)
-    prompts, forgotten = without(chosen, inputs.forgotten, "prompt_id")
-    overlap = _leaks(inputs, prompts, config)
+    known, forgotten = without(chosen, inputs.forgotten, "prompt_id")
+    prompts, leaked, overlap = _unseen(inputs, known, config)
     characters = cards(inputs["characters"].read())
     earlier = _Earlier.of(inputs)
     counts: dict[str, dict[str, Any]] = {}
@@ -91,7 +95,8 @@ def run(inputs: Inputs, config: RespondConfig, out: Output) -> None:
     })  # fmt: skip
     out.json("contents", {key: sorted(draws) for key, draws in contents.items()})
     out.reject(forgotten)
-    out.account("response", rows_in=written + forgotten.num_rows, rows_out=written)
+    out.reject(leaked)
+    out.account("response", rows_in=written + forgotten.num_rows + leaked.num_rows, rows_out=written)
     for name, found in counts.items():
         out.metric(f"{name}.failed", found["failed"])
 
@@ -113,8 +118,9 @@ def _chosen(prompts: pa.Table, most: int) -> pa.Table:
     return held_out.take(pa.array(sorted(chosen), pa.int64())).combine_chunks()
 
 
-def _leaks(inputs: Inputs, prompts: pa.Table, config: RespondConfig) -> dict[str, Any]:
-    """Compare with everything that this cycle trained on; refuse what leaked."""
+def _unseen(inputs: Inputs, prompts: pa.Table, config: RespondConfig) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
+    """The prompts that nothing of what this cycle trained on holds, the quarantine of those left out, and the report;
+    what leaked by its id, and too much of any, is refused."""
     from flywheel_tasks.evaluation import leakage
 
     known = inputs["prompts"].read(["prompt_id", "conversation_id", "split", "turns"])
@@ -129,9 +135,14 @@ def _leaks(inputs: Inputs, prompts: pa.Table, config: RespondConfig) -> dict[str
     ]
     conversations = (turns for file in files for turns in leakage.delivered(file))
     found = leakage.overlap(prompts, leakage.seen(tables, conversation_of, conversations), config.least_characters)
-    leakage.refuse(found)
+    leakage.refuse(found, config.most_leaked)
+    theirs = pc.is_in(prompts["prompt_id"], pa.array(sorted(found.leaked), pa.string()))
+    left_out, kept = prompts.filter(theirs).select(["prompt_id"]), prompts.filter(pc.invert(theirs)).combine_chunks()
     compared = [*(name for name in TRAINING if inputs.get(name)), *sorted({file.name for file in files})]
-    return found.as_json() | {"compared_with": compared}
+    report = {
+        "prompts": kept.num_rows, "leaked": 0, "left_out": left_out["prompt_id"].to_pylist(), "compared_with": compared,
+    }  # fmt: skip
+    return kept, quarantined(left_out, "prompt_id", "text_in_training"), report
 
 
 def _training(inputs: Inputs, name: str) -> pa.Table | None:

@@ -109,8 +109,16 @@ def test_two_conversations_share_a_hash_only_if_they_share_the_words(turns: list
 def test_a_refusal_lists_what_leaked_and_how_many_more() -> None:
     found = leakage.Overlap(100, {f"p{n:03d}": "prompt" for n in range(50)})
     with pytest.raises(InputError, match=r"50 of 100 .* p000 \(prompt\), p001 .* and 30 more; take them out"):
-        leakage.refuse(found)
-    assert found.as_json() == {"prompts": 100, "leaked": 50, "examples": [f"p{n:03d}" for n in range(20)]}
+        leakage.refuse(found, 0.99)
+
+
+def test_a_text_that_somebody_else_also_said_is_left_out_but_an_id_never() -> None:
+    texts = leakage.Overlap(100, {f"p{n:03d}": "text" for n in range(5)})
+    leakage.refuse(texts, 0.05)
+    with pytest.raises(InputError, match="5 of 100"):
+        leakage.refuse(texts, 0.04)
+    with pytest.raises(InputError, match="6 of 100"):
+        leakage.refuse(leakage.Overlap(100, texts.leaked | {"p9": "conversation"}), 0.5)
 
 
 def test_prompts_are_held_out_ones_of_both_sets_and_the_same_every_week() -> None:
@@ -237,7 +245,7 @@ def test_the_prompt_of_who_was_forgotten_in_this_moment_is_counted_and_not_answe
     world: World, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Everybody else's answers are there from the last cycle, so no engine starts."""
-    config = RespondConfig(champion=ModelConfig(path=str(tiny_model)))
+    config = RespondConfig(champion=ModelConfig(path=str(tiny_model)), most_leaked=0.2)
     given = world.inputs()
     asked = given["prompts"].read()
     users = [f"user-{n}" for n in range(asked.num_rows)]
@@ -263,15 +271,19 @@ def test_the_prompt_of_who_was_forgotten_in_this_moment_is_counted_and_not_answe
 
     before = commit(world.store, "respond", {"responses": "completion", "contents": "json"}, earlier, "e" * 32)
     extra = {"prompts": prompts_in, "earlier": (before, "responses"), "earlier_contents": (before, "contents")}
-    inputs = world.inputs(extra)
+    sampled = world.table("rejection-sample", "examples", "example", [example(4)])
+    inputs = world.inputs(extra | {"sampled_examples": sampled})
     inputs.forgotten = frozenset({next(row["user"] for row in named if row["prompt_id"] == "e2")})
     made = world.run(inputs, config)
     counted = made.manifest.rows
     assert counted is not None
-    assert (counted.rows_in, counted.rows_out, counted.reasons) == (11, 10, {"forgotten": 1})
+    reasons = {"forgotten": 1, "text_in_training": 1}
+    assert (counted.rows_in, counted.rows_out, counted.reasons) == (10, 8, reasons)
     refused = made.table("quarantine").read().to_pylist()
-    assert [(row["row_id"], row["user"]) for row in refused] == [("e2", None)]
-    assert "e2" not in made.table("responses").read()["prompt_id"].to_pylist()
+    assert [(row["row_id"], row["user"]) for row in refused] == [("e2", None), ("e4", None)]
+    assert not {"e2", "e4"} & set(made.table("responses").read()["prompt_id"].to_pylist())
+    overlap = made.json("report")["overlap"]
+    assert (overlap["prompts"], overlap["leaked"], overlap["left_out"]) == (4, 0, ["e4"])
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
@@ -327,7 +339,7 @@ def test_both_policies_answer_once_and_the_next_cycle_asks_for_nothing_twice(
     # Equal weights give equal answers, under whatever name they run.
     assert all(text["candidate", f"e{n}", k] == text["champion", f"e{n}", k] for n in range(6) for k in range(2))
     report = first.json("report")
-    assert report["overlap"] == {"prompts": 6, "leaked": 0, "examples": [], "compared_with": []}
+    assert report["overlap"] == {"prompts": 6, "leaked": 0, "left_out": [], "compared_with": []}
     assert report["prompts"] == {"internal": 3, "user": 3}
     assert report["candidate"].startswith("rl/")
     earlier = {"earlier": (first, "responses"), "earlier_contents": (first, "contents")}
