@@ -188,7 +188,7 @@ def climb(turns: list[Turn]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    head = ("cycle", "champion's truth", "gate", "candidate's truth", "depth (Fieller 95 %)", "verdict", "crowned")
+    head = ("cycle", "champion's truth", "gate", "candidate's truth", "depth (Fieller's set)", "verdict", "crowned")
     table = Table(*head, box=None, pad_edge=False, title="The climb", title_justify="left")
     for done in turns:
         mine = list(week.truth(state_dir() / "demo" / done.cycle).values())

@@ -95,7 +95,10 @@ def growth(versions: Sequence[Version], name: str) -> tuple[list[int], list[floa
 
 
 def _lifts(axes: Any, versions: Sequence[Version]) -> None:
-    axes.set_title("A/B lift over the baseline, with Fieller's 95 % set", loc="left", fontsize=11, fontweight="bold")
+    levels = {v.lift_level for v in versions if v.lift_level}
+    level = f" {100 * levels.pop():.3g} %" if len(levels) == 1 else ""
+    title = f"A/B lift over the baseline, with Fieller's{level} set"
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     drawn = False
     for shift, marker, name in ((-0.13, "o", "breadth"), (0.13, "s", "depth")):
         axes.plot([], [], marker, color=INK, label=name)
@@ -108,9 +111,14 @@ def _lifts(axes: Any, versions: Sequence[Version]) -> None:
                 drawn = True
     axes.axhline(0, color=SOFT, linewidth=0.8)
     axes.set_ylabel("%")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    _legend(axes)
     if not drawn:
         _nothing(axes, "no A/B test has closed yet")
+
+
+def _legend(axes: Any) -> None:
+    """In a line above the panel, where no number can be."""
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1, ncols=3)
 
 
 def _win_rates(axes: Any, versions: Sequence[Version]) -> None:
@@ -141,7 +149,7 @@ def _win_rates(axes: Any, versions: Sequence[Version]) -> None:
     axes.set_ylim(min(ends) - 0.02, min(max(ends) + 0.03, 1))
     axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
     if drawn:
-        axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
+        _legend(axes)
     else:
         _nothing(axes, "no win-rate was measured")
 
@@ -168,7 +176,7 @@ def _growth(axes: Any, versions: Sequence[Version]) -> None:
             drawn = True
     axes.axhline(1, color=SOFT, linewidth=0.8)
     if drawn:
-        axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+        _legend(axes)
     else:
         _nothing(axes, "no version has been released after an A/B test")
 

@@ -41,6 +41,8 @@ class Version:
     win_rate: Band = GateConfig().win_rate
     win_rate_ideal: float = GateConfig().win_rate_ideal
     """What its gate judged win-rates by, and the target that it named; the defaults where no gate is known."""
+    lift_level: float | None = None
+    """Confidence of the A/B test's intervals, where it is known."""
 
 
 class Row(NamedTuple):
@@ -162,12 +164,13 @@ def of_cycle(store: Store, cycle: str) -> Version:
     from flywheel_tasks.release.champion import EXPERIMENT
     from flywheel_tasks.release.ledger import read
 
-    numbers, before = dict[str, Number](), dict[str, Number]()
+    numbers, before, level = dict[str, Number](), dict[str, Number](), None
     for later in (c for c in store.cycles() if c >= cycle):
         if readout := store.pointed(later, "readout"):
             found = readout.json("readout")
             if found.get("status") == "closed" and found.get("experiment") == f"{EXPERIMENT}{cycle}":
                 numbers |= _lifts(found)
+                level = 1 - float(found["alpha"])
     for stage, take in READ.items():
         if artifact := store.pointed(cycle, stage):
             take(artifact, numbers, before)
@@ -188,6 +191,7 @@ def of_cycle(store: Store, cycle: str) -> Version:
         champion=decision.get("champion"),
         win_rate=judged.win_rate,
         win_rate_ideal=judged.win_rate_ideal,
+        lift_level=level,
     )
 
 

@@ -178,6 +178,17 @@ def test_a_cells_colour_is_what_its_own_gate_said_of_it() -> None:
     assert [cell["tone"] for cell in cells] == ["down", ""]
 
 
+@pytest.mark.parametrize(
+    ("levels", "said"), [((0.9,), "Fieller's 90 % set"), ((0.95, 0.9), "Fieller's set"), ((None,), "Fieller's set")]
+)
+def test_lifts_are_shown_at_the_level_at_which_they_were_read(
+    levels: tuple[float | None, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "_png", lambda figure: figure)
+    tests = [Version("v", numbers={"depth": Number(3.0, 1.0, 5.0)}, lift_level=level) for level in levels]
+    assert figures.figure_8(tests).axes[0].get_title(loc="left").endswith(said)  # type: ignore[attr-defined]
+
+
 def test_only_released_versions_grow_engagement() -> None:
     """A version that lost its A/B test never reached users for good."""
     lost = version("2026-W47", 1, released=False)
