@@ -2,8 +2,8 @@
 
     whole      every stage, the gate, an A/B week; a champion changes only when the readout says ship
     SFT only   the candidate is the SFT model on rejection-sampled answers
-    no gate    every candidate becomes champion
     signals    RL is rewarded by the user-signal model itself (Sec. 3.5.5 forbids it; the product's configuration too)
+    no gate    every candidate becomes champion
 
 `--quick` is the first cycle alone. Work is kept under $FLYWHEEL_HOME/climb: a run that was cut off goes on there.
 """

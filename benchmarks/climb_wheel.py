@@ -68,8 +68,8 @@ DPO_RL = ("dpo", "rl") if HAS_RL else ("dpo",)
 ARMS = (
     Arm("whole", DPO_RL),
     Arm("SFT only", ()),
-    Arm("no gate", DPO_RL, gated=False),
     *((Arm("signals", DPO_RL, signals=True),) if HAS_RL else ()),
+    Arm("no gate", DPO_RL, gated=False),
 )
 
 
