@@ -58,12 +58,15 @@ def line(one: dict[str, Any]) -> str:
     def span(x: dict[str, float]) -> str:
         return f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
 
+    began = f"{one['arm']:<9} {one['cycle']}  champion {span(one['champion'])}  "
+    if one["candidate"] is None:
+        return f"{began}no candidate: {one['gate_reasons'][0]}"
     change = one["difference"]
     rates = ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in one["rm_win_rate"].items())
     signal = f", signals {100 * one['signal_win_rate']:.0f} %" if "signal_win_rate" in one else ""
     return (
-        f"{one['arm']:<9} {one['cycle']}  champion {span(one['champion'])}  candidate {span(one['candidate'])}  "
-        f"change {change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]  win-rates {rates}{signal}  "
+        f"{began}candidate {span(one['candidate'])}  change {change['mean']:+.3f} "
+        f"[{change['low']:+.3f}, {change['high']:+.3f}]  win-rates {rates}{signal}  "
         f"gate {one['gate']}  A/B {one['ab']}  {'crowned' if one['crowned'] else 'not crowned'}  "
         f"then {span(one['next_champion'])}"
     )

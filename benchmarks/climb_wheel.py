@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from flywheel_tasks.core import ids
 from flywheel_tasks.core.config import FlywheelConfig, ModelConfig
+from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.runner import run_stage
 from flywheel_tasks.core.stage import Input, Stage
 from flywheel_tasks.core.store import Artifact, Store
@@ -107,7 +108,10 @@ class Wheel:
         last = "sft"
         for name in self.arm.trains:
             stage = by_name(name)
-            self._run(stage, cycle, self._rewarded(config, cycle, traffic) if name == "rl" else config)
+            try:
+                self._run(stage, cycle, self._rewarded(config, cycle, traffic) if name == "rl" else config)
+            except FlywheelError as error:
+                return self._stopped(cycle, champion, str(error)) | {"seconds": time.monotonic() - began}
             last = name
         output = next(n for n, contract in by_name(last).outputs.items() if contract == "checkpoint")
         for name in LAST:
@@ -141,6 +145,16 @@ class Wheel:
         if self.arm.signals:
             found["signal_win_rate"] = self._signal_win_rate(cycle)
         return found
+
+    def _stopped(self, cycle: str, champion: ModelConfig, reason: str) -> dict[str, Any]:
+        """A cycle without a candidate: a training stage refused to give one."""
+        old = summary(answered(champion, self.bench))
+        return {
+            "arm": self.arm.name, "cycle": cycle, "champion": old, "candidate": None, "difference": None,
+            "gate": "not reached", "gate_reasons": [reason], "ab": "none", "ab_depth": {}, "crowned": False,
+            "rm_win_rate": {}, "next_champion": old, "on_held_out_prompts": {},
+            "reward_models": {kind: self._accuracy(cycle, kind) for kind in ("pointwise", "pairwise")},
+        }  # fmt: skip
 
     def _on_prompts(self, cycle: str) -> dict[str, dict[str, float]]:
         """The same truth of what `respond` drew, where the SFT checkpoint between has answered too; to one taste."""

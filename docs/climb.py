@@ -48,7 +48,7 @@ def _reign(axes: Any, mine: list[dict[str, Any]], colour: str, shift: float) -> 
 
 def _bets(axes: Any, mine: list[dict[str, Any]], colour: str) -> None:
     """Each candidate: how its own reward ranks it against the champion, and what people think; filled if crowned."""
-    for one in mine:
+    for one in (one for one in mine if one["candidate"]):
         rate = one.get("signal_win_rate", one["rm_win_rate"]["pointwise_user"])
         face = colour if one["crowned"] else "none"
         axes.plot(100 * rate, 100 * one["difference"]["mean"], "o", color=colour, markerfacecolor=face)
