@@ -33,11 +33,16 @@ def main(quick: bool) -> Report:
         for wheel in wheels:
             found.append(_kept(wheel, cycle))
             print(line(found[-1]), flush=True)
-    rows = [
-        Row(f"{one['arm']}, {one['cycle']}", round(one["seconds"], 1), [round(one["seconds"], 1)],
-            round(one["seconds"], 1), 0.0, 0.0, None, one, [one])
-        for one in found
-    ]  # fmt: skip
+    return report(found)
+
+
+def report(found: list[dict[str, Any]]) -> Report:
+    rows = []
+    for one in found:
+        seconds = round(one["seconds"], 1)
+        result = {name: value for name, value in one.items() if name != "next_path"}
+        name = f"{one['arm']}, {one['cycle']}"
+        rows.append(Row(name, seconds, [seconds], seconds, 0.0, 0.0, None, result, [result]))
     return Report("climb", "true chance that a reply is answered, by cycle", "cycles", rows, notes(found))
 
 
@@ -77,4 +82,5 @@ def notes(found: list[dict[str, Any]]) -> list[str]:
         *(line(one) for one in found),
         f"seed {SEED}; {'with' if HAS_RL else 'without'} RL; A/B weeks of {UNITS:,} units an arm with the true effect",
         f"over the demo's profile: {', '.join(SIZES)}",
+        "seconds are those of the last start: what an earlier one had made was not made again",
     ]
