@@ -170,7 +170,7 @@ def of_cycle(store: Store, cycle: str) -> Version:
             found = readout.json("readout")
             if found.get("status") == "closed" and found.get("experiment") == f"{EXPERIMENT}{cycle}":
                 numbers |= _lifts(found)
-                level = 1 - float(found["alpha"])
+                level = 1 - found["alpha"] if "alpha" in found else None
     for stage, take in READ.items():
         if artifact := store.pointed(cycle, stage):
             take(artifact, numbers, before)
