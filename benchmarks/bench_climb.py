@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.climb_wheel import ARMS, HAS_RL, SIZES, UNITS, Bench, Wheel
+from benchmarks.climb_wheel import ARMS, SIZES, UNITS, Bench, Wheel
 from benchmarks.harness import Report, Row
 from flywheel_tasks.core import ids
 from flywheel_tasks.core.config import home
@@ -80,7 +80,8 @@ def line(one: dict[str, Any]) -> str:
 def notes(found: list[dict[str, Any]]) -> list[str]:
     return [
         *(line(one) for one in found),
-        f"seed {SEED}; {'with' if HAS_RL else 'without'} RL; A/B weeks of {UNITS:,} units an arm with the true effect",
+        f"seed {SEED}; A/B weeks of {UNITS:,} units an arm with the true effect",
+        "the gate's style line and what holds the arm 'signals' back were set after a look at cycle 1 of this seed",
         f"over the demo's profile: {', '.join(SIZES)}",
         "seconds are those of the last start: what an earlier one had made was not made again",
     ]

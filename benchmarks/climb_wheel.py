@@ -29,7 +29,7 @@ from flywheel_tasks.core.stage import Input, Stage
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.demo_week import GATE
 from flywheel_tasks.models.engine import open_engine
-from flywheel_tasks.pipeline import STAGES, by_name, load_config
+from flywheel_tasks.pipeline import by_name, load_config
 from flywheel_tasks.simulation import world
 from flywheel_tasks.simulation.characters import demo_characters
 from flywheel_tasks.simulation.chat import Mix
@@ -50,7 +50,6 @@ FIRST = (
     "preference-pointwise", "preference-pairwise", "signal-rm", "rejection-sample", "sft",
 )  # fmt: skip
 LAST = ("respond", "metrics", "winrate", "gate")
-HAS_RL = any(stage.name == "rl" for stage in STAGES)
 UNITS = 20_000
 """Of each arm in the A/B week: its effect is the candidate's true one, its noise that of 7 days of people."""
 
@@ -65,11 +64,11 @@ class Arm:
     """RL is rewarded by the signal model's thumbs-up head itself."""
 
 
-DPO_RL = ("dpo", "rl") if HAS_RL else ("dpo",)
+DPO_RL = ("dpo", "rl")
 ARMS = (
     Arm("whole", DPO_RL),
     Arm("SFT only", ()),
-    *((Arm("signals", DPO_RL, signals=True),) if HAS_RL else ()),
+    Arm("signals", DPO_RL, signals=True),
     Arm("no gate", DPO_RL, gated=False),
 )
 

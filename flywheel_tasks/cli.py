@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -229,9 +228,6 @@ def forget(
 def main() -> None:
     """Entry point: errors meant for people are one line, and SIGTERM unwinds so that nothing half-written stays."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # Threads that spin while they wait for each other take the cores from whatever else runs here; alone they gain
-    # nothing. OpenMP reads this once, when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="flywheel", standalone_mode=False) or 0)
     except FlywheelError as error:

@@ -3,7 +3,7 @@
 A prompt leaked if its id, its conversation, or its text occurs in training data. Text means the turns up to the
 prompt's last one, so a training row that goes on from there counts too. "hi" occurs everywhere and says nothing: below
 a number of characters only ids count. An id that leaked means that the split is broken, and stops the stage. A text may
-be that of two people who said the same to the same: while few are, they are left out, counted, and nothing is lost.
+be that of two people who said the same to the same: where a team allows for a few, these are left out and counted.
 """
 
 from __future__ import annotations
@@ -112,5 +112,6 @@ def refuse(found: Overlap, most_texts: float) -> None:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise InputError(
             f"respond: {len(names)} of {found.prompts} evaluation prompts occur in training data: {shown}{more}; take "
-            "them out of training or draw other evaluation prompts: an evaluation on them proves nothing"
+            "them out of training, draw other evaluation prompts, or, where people only said the same (text), let "
+            "respond.most_leaked leave a share of them out: an evaluation on them proves nothing"
         )

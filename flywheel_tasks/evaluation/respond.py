@@ -41,7 +41,10 @@ class RespondConfig(StageConfig):
         40, ge=1, description="a prompt of fewer characters may occur in training by chance: only its ids are compared"
     )
     most_leaked: float = Field(
-        0.05, ge=0, lt=1, description="share of the prompts that are left out at most because training has their text"
+        0,
+        ge=0,
+        lt=1,
+        description="share of the prompts that may be left out because training has their text; more stop the stage",
     )
     deadline_s: float | None = Field(
         None, gt=0, description="time for one policy's responses", json_schema_extra=Operational
@@ -59,8 +62,8 @@ class _Policy(NamedTuple):
 
 def run(inputs: Inputs, config: RespondConfig, out: Output) -> None:
     """The held-out prompts of both sets, internal and user, answered once by the candidate, the champion and the SFT
-    checkpoint. Prompts that training saw stop the stage, listed by id; the few whose text somebody else also said
-    are left out. An answer that the last cycle already has (same weights, card, turns and sampling) is taken from
+    checkpoint. Prompts that training saw stop the stage, listed by id; a few whose text somebody else also
+    said are left out where the config allows. An answer that the last cycle already has (same weights, card, turns and sampling) is taken from
     there."""
     from flywheel_tasks.models.generate import cards
 
