@@ -62,9 +62,9 @@ class _Policy(NamedTuple):
 
 def run(inputs: Inputs, config: RespondConfig, out: Output) -> None:
     """The held-out prompts of both sets, internal and user, answered once by the candidate, the champion and the SFT
-    checkpoint. Prompts that training saw stop the stage, listed by id; a few whose text somebody else also said are left
-    out where the config allows. An answer that the last cycle already has (same weights, card, turns and sampling) is
-    taken from there."""
+    checkpoint. Prompts that training saw stop the stage, listed by id; a few whose text somebody else also said are
+    left out where the config allows. An answer that the last cycle already has (same weights, card, turns and sampling)
+    is taken from there."""
     from flywheel_tasks.models.generate import cards
 
     chosen = _chosen(inputs["prompts"].read(), config.most_prompts)
