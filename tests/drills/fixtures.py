@@ -11,6 +11,7 @@ def content(artifact: Artifact) -> dict[str, bytes]:
     for output in artifact.manifest.outputs.values():
         for file in output.files:
             data = artifact.storage.read(f"{artifact.manifest.folder}/{file.path}")
-            assert data is not None, file.path
+            if data is None:
+                raise AssertionError(f"{file.path} is not there")
             found[file.path.split("/", 1)[1]] = data
     return found

@@ -154,6 +154,7 @@ def reported(call: Callable[[], Any]) -> str:
         call()
     except FlywheelError as error:
         text = str(error)
-        assert "\n" not in text, text
+        if "\n" in text:
+            raise AssertionError(f"more than one line: {text}") from error
         return text
     raise AssertionError("no error was raised")

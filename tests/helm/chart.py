@@ -34,7 +34,8 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 @cache
 def rendered(values: str, *more: str) -> tuple[dict[str, Any], ...]:
     done = helm("template", "fw", str(CHART), "-n", "flywheel", "-f", str(CHART / f"values-{values}.yaml"), *more)
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        raise AssertionError(done.stderr)
     return tuple(document for document in yaml.safe_load_all(done.stdout) if document)
 
 

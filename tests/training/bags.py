@@ -168,14 +168,16 @@ def gradient(*folders: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     files = sorted((f for folder in folders for f in folder.rglob("step-000001*/worker-*.safetensors")), key=_name)
-    assert files, f"no state of the first step below {folders}"
+    if not files:
+        raise AssertionError(f"no state of the first step below {folders}")
     parts = [{k: v for k, v in load_file(file).items() if k.startswith("exp_avg/")} for file in files]
     return {name: torch.cat([part[name] for part in parts]) / (1 - BETAS[0]) for name in parts[0]}
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """The largest difference of two gradients, beside the largest entry of the first."""
-    assert one.keys() == other.keys()
+    if one.keys() != other.keys():
+        raise AssertionError(f"gradients of different weights: {sorted(one.keys() ^ other.keys())}")
     most = max(float(value.abs().max()) for value in one.values())
     return max(float((value - other[name]).abs().max()) for name, value in one.items()) / most
 
