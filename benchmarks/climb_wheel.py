@@ -52,6 +52,9 @@ FIRST = (
 LAST = ("respond", "metrics", "winrate", "gate")
 UNITS = 20_000
 """Of each arm in the A/B week: its effect is the candidate's true one, its noise that of 7 days of people."""
+MOST_TURNS = 12
+"""Of a user in a conversation, in the traffic and in the A/B week. Without an end, ten questions of three hundred would
+hold a third of all depth, and the week would be about those ten."""
 
 
 @dataclass(frozen=True)
@@ -281,14 +284,18 @@ def difference(new: NDArray[np.float64], old: NDArray[np.float64]) -> dict[str, 
     return summary(new - old)
 
 
+def mean_depth(chances: NDArray[np.float64]) -> float:
+    """User turns of a conversation where each reply is answered with chance p: 1 + p + p² + … to its end."""
+    return float(np.mean((chances[:, None] ** np.arange(MOST_TURNS)).sum(axis=1)))
+
+
 def _ab(old: NDArray[np.float64], new: NDArray[np.float64], seed: int) -> tuple[str, Mapping[str, Any]]:
-    """The readout of a week in which the test arm's depth changes as the truth says: a conversation in which each reply
-    is answered with chance p has 1 / (1 - p) user turns on average."""
+    """The readout of a week in which the test arm's depth changes as the truth says."""
     from flywheel_tasks.release.readout_cli import read_out_files
     from flywheel_tasks.release.readout_config import ReadoutConfig
 
     start = dt.date(2026, 11, 16)
-    effect = float(np.mean(1 / (1 - new)) / np.mean(1 / (1 - old)) - 1)
+    effect = mean_depth(new) / mean_depth(old) - 1
     exposures = make_exposures("climb", 2 * UNITS, {"control": 1, "test": 1}, start=start, seed=seed)
     effects = {"control": Effect(), "test": Effect(depth=float(np.clip(effect, -0.49, 2.0)))}
     activity, _ = ab_week(exposures, effects, start=start, seed=seed)
@@ -313,7 +320,7 @@ def _traffic(policy: ModelConfig, cycle: str, bench: Bench) -> Path:
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         seed = bench.seed + ids.cycle_start(cycle).toordinal() // 7
-        mix = Mix(internal=0.35, most_turns=12)
+        mix = Mix(internal=0.35, most_turns=MOST_TURNS)
         world.chat_with({_name(policy): policy}, part, people, days=7, seed=seed, start=start, mix=mix)
         part.rename(folder)
     return folder

@@ -18,24 +18,28 @@ COLOURS = {"whole": "#1b7837", "SFT only": "#2166ac", "no gate": "#d9730d", "sig
 
 def main() -> None:
     found = [row["result"] for row in json.loads(RESULT.read_text())["rows"]]
+    seeds = sorted({one["seed"] for one in found})
     pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (champions, candidates) = pyplot.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
-    for place, (arm, colour) in enumerate(COLOURS.items()):
-        mine = [one for one in found if one["arm"] == arm]
-        if mine:
-            _reign(champions, mine, colour, 0.06 * (place - 1.5))
-            _bets(candidates, mine, colour)
-    champions.set_title("true chance that the champion's reply is answered", loc="left", fontsize=10)
-    champions.set_xticks(range(4), ["start", "cycle 1", "cycle 2", "cycle 3"])
-    champions.set_xlim(-0.3, 3.3)
-    champions.legend(frameon=False, fontsize=9)
-    candidates.axhline(0, color="#8a94a3", linewidth=0.8)
-    candidates.axvline(50, color="#8a94a3", linewidth=0.8)
-    candidates.set_title("what a candidate's win-rate was worth (filled: crowned)", loc="left", fontsize=10)
-    candidates.set_xlabel("win-rate by the reward that it climbed, %")
-    candidates.set_ylabel("true change, points")
+    figure, panels = pyplot.subplots(1, len(seeds) + 1, figsize=(5 * len(seeds) + 3, 3.6))
+    *reigns, bets = panels
+    for axes, seed in zip(reigns, seeds, strict=True):
+        for place, (arm, colour) in enumerate(COLOURS.items()):
+            mine = [one for one in found if (one["arm"], one["seed"]) == (arm, seed)]
+            if mine:
+                _reign(axes, mine, colour, 0.06 * (place - 1.5))
+                _bets(bets, mine, colour)
+        axes.set_title(f"chance that the champion is answered, %: seed {seed}", loc="left", fontsize=10)
+        axes.set_xticks(range(4), ["start", "cycle 1", "cycle 2", "cycle 3"])
+        axes.set_xlim(-0.3, 3.3)
+        axes.sharey(reigns[0])
+        axes.legend(frameon=False, fontsize=9)
+    bets.axhline(0, color="#8a94a3", linewidth=0.8)
+    bets.axvline(50, color="#8a94a3", linewidth=0.8)
+    bets.set_title("candidates (filled: crowned)", loc="left", fontsize=10)
+    bets.set_xlabel("win-rate by the reward that it climbed, %")
+    bets.set_ylabel("true change, points")
     figure.tight_layout()
-    figure.savefig(HERE / "climb.png", dpi=120)
+    figure.savefig(HERE / "climb.png", dpi=110)
 
 
 def _reign(axes: Any, mine: list[dict[str, Any]], colour: str, shift: float) -> None:
