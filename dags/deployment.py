@@ -6,8 +6,10 @@ a pod template; secrets are named here and never held.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flywheel_tasks.core.errors import ConfigError
+from flywheel_tasks.core.stage import Resources, Stage
+from flywheel_tasks.pipeline import STAGES
 
 VARIABLE = "FLYWHEEL_DEPLOYMENT"
 SECRET_NAME = re.compile(r"(KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
@@ -60,11 +64,23 @@ class Ray(_Section):
     poll_seconds: float = Field(2, gt=0)
 
 
+class Asked(_Section):
+    """What a stage asks for here; what is left out stays as the stage declares it."""
+
+    cpus: float | None = Field(None, gt=0)
+    gpus: int | None = Field(None, ge=0, description="of each node")
+    memory_gib: float | None = Field(None, gt=0, description="of each node")
+    nodes: int | None = Field(None, ge=1, description="more than one: the stage is a job of the Ray cluster")
+
+
 class Deployment(_Section):
     image: str = Field("", description="of stages without a GPU, tag or digest included")
     gpu_image: str = Field("", description="of stages with GPUs (default: image)")
     store: str = Field("", description="where artifacts live, for stages and for Airflow (empty: as the profile says)")
     environment: dict[str, str] = Field({}, description="what every stage gets; no secrets")
+    settings: dict[str, Any] = Field({}, description="of stages, in every run: ingest.logs and the like")
+    gpus: bool = Field(True, description="false: there are none here, and every stage runs on cores")
+    resources: dict[str, Asked] = Field({}, description="by stage, where a declaration does not fit")
     deadline_hours: float = Field(48, gt=0, description="a stage that runs longer is stopped")
     docker: Docker = Docker()
     kubernetes: Kubernetes = Kubernetes()
@@ -78,6 +94,18 @@ class Deployment(_Section):
                 raise ValueError(f"'{name}' looks like a secret: hand it over by reference (pod template, worker)")
         return environment
 
+    @field_validator("resources")
+    @classmethod
+    def _known_stages(cls, resources: dict[str, Asked]) -> dict[str, Asked]:
+        for name in resources.keys() - {stage.name for stage in STAGES}:
+            raise ValueError(f"there is no stage '{name}': `flywheel stages` lists them")
+        return resources
+
+    def resources_of(self, stage: Stage) -> Resources:
+        """What one task of the stage asks for here."""
+        asked = self.resources.get(stage.name, Asked()).model_dump(exclude_none=True)
+        return replace(stage.resources, **(asked | ({} if self.gpus else {"gpus": 0})))
+
     def image_for(self, gpus: int) -> str:
         """The image of a stage that asks for this many GPUs."""
         image = (self.gpu_image if gpus else "") or self.image
@@ -88,8 +116,9 @@ class Deployment(_Section):
 
 def overrides() -> list[str]:
     """What the deployment settles for every stage, as after --set; what a person typed comes after it and wins."""
-    store = load().store
-    return [f"store.uri={store}"] if store else []
+    here = load()
+    settings = ({"store.uri": here.store} if here.store else {}) | here.settings
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def load() -> Deployment:

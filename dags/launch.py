@@ -91,12 +91,19 @@ class StageOperator(BaseOperator):
 
     @staticmethod
     def placement(stage: Stage) -> dict[str, Any]:
-        """Airflow settings that follow from what the stage asks of the machine."""
-        return {}
+        """Airflow settings that follow from what the stage asks of the machine. The deadline holds wherever it runs."""
+        return {"execution_timeout": timedelta(hours=deployment.load().deadline_hours)}
 
     @abstractmethod
     def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
         """Run `flywheel` with these arguments, log its stderr, return the last line of its stdout."""
+
+
+def slots(stage: Stage) -> int:
+    """Of Airflow's pool, which `flywheel up` makes as large as the machine has cores: two stages that fill the machine
+    wait for each other, and so do two that use its GPUs, because nothing else divides those between them."""
+    cores = os.cpu_count() or 1
+    return cores if stage.resources.gpus else max(1, min(round(stage.resources.cpus), cores))
 
 
 def day_of(context: Mapping[str, Any]) -> date:

@@ -14,12 +14,12 @@ from docker.api import APIClient
 from docker.errors import APIError, DockerException, NotFound
 from docker.types import DeviceRequest, Ulimit
 from docker.types import Mount as DockerMount
-from launch import printable
-from remote import Ended, RemoteOperator, task_of
+from launch import printable, slots
+from remote import Ended, RemoteOperator, granted, task_of
 from requests import RequestException
 
 from flywheel_tasks.core.ids import USER_KEY_VARIABLE
-from flywheel_tasks.core.stage import Resources
+from flywheel_tasks.core.stage import Resources, Stage
 
 TASK_LABEL = "flywheel.task"
 KILL_AFTER_SECONDS = 3.0
@@ -34,6 +34,10 @@ class Launcher(RemoteOperator):
         self._client: APIClient | None = None
         self._container = ""
 
+    @staticmethod
+    def placement(stage: Stage) -> dict[str, Any]:
+        return {**RemoteOperator.placement(stage), "pool_slots": slots(stage)}
+
     def run_to_end(self, arguments: Sequence[str], context: Mapping[str, Any]) -> Ended:
         settings = deployment.load()
         try:
@@ -44,6 +48,8 @@ class Launcher(RemoteOperator):
             )
             host = client.create_host_config(**body.pop("host_config"))
             self._container = client.create_container(**body, host_config=host)["Id"]
+            if self.cancelled:
+                return Ended(None, "was cancelled before its container started")
             self.log.info("container %s of %s", self._container[:12], body["image"])
             stream = client.attach(self._container, stdout=True, stderr=True, stream=True)
             client.start(self._container)
@@ -60,7 +66,8 @@ class Launcher(RemoteOperator):
     def environment(self, settings: Deployment) -> dict[str, str]:
         """The deployment's variables, those it takes from the worker, and the user key only where it is used."""
         names = (*settings.docker.pass_environment, *([USER_KEY_VARIABLE] if self.uses_user_key else []))
-        return settings.environment | {name: os.environ[name] for name in names if name in os.environ}
+        told = granted(self.resources_of_stage) | settings.environment
+        return told | {name: os.environ[name] for name in names if name in os.environ}
 
     def clear(self, client: APIClient, task: str) -> None:
         """Remove what an earlier try of this task left when its worker died."""
@@ -82,6 +89,7 @@ class Launcher(RemoteOperator):
 
     def on_kill(self) -> None:
         """SIGTERM now, removal soon; Airflow calls this in a signal handler, so it may not wait."""
+        super().on_kill()
         if self._client is None or not self._container:
             return
         with contextlib.suppress(APIError, RequestException):  # it has ended already

@@ -28,9 +28,9 @@ from kubernetes.client import (
     V1Volume,
     V1VolumeMount,
 )
-from launch import StageOperator
+from launch import StageOperator, printable
 from launch_ray import Launcher as RayLauncher
-from remote import Ended, RemoteOperator
+from remote import Ended, RemoteOperator, granted
 from urllib3.exceptions import HTTPError
 
 from flywheel_tasks.core.ids import USER_KEY_VARIABLE
@@ -51,7 +51,7 @@ class Launcher(RemoteOperator, KubernetesPodOperator):
 
     @classmethod
     def for_stage(cls, stage: Stage) -> type[StageOperator]:
-        return RayLauncher if stage.resources.nodes > 1 else cls
+        return RayLauncher if deployment.load().resources_of(stage).nodes > 1 else cls
 
     def run_to_end(self, arguments: Sequence[str], context: Mapping[str, Any]) -> Ended:
         # A kubelet would put the pod's variables, the user key among them, in place of a $(NAME) typed into the form.
@@ -65,6 +65,16 @@ class Launcher(RemoteOperator, KubernetesPodOperator):
             self.do_xcom_push = True  # to the pod it means a sidecar, to Airflow that the URI is passed on
         return Ended(0)
 
+    def get_or_create_pod(self, pod_request_obj: V1Pod, context: Any) -> V1Pod:
+        """A task that is cancelled while its pod is on the way makes none, or takes it back."""
+        if self.cancelled:
+            raise AirflowException("cancelled before its pod was made")
+        self.pod = super().get_or_create_pod(pod_request_obj, context)
+        if self.cancelled:
+            self.pod_manager.delete_pod(self.pod)
+            raise AirflowException("cancelled while its pod was made")
+        return self.pod
+
     def clear(self, context: Mapping[str, Any]) -> None:
         """Delete the pods that earlier tries of this task left when their worker died: no GPU works for nobody."""
         selector = self._build_find_pod_label_selector(context, exclude_checked=False)
@@ -75,7 +85,7 @@ class Launcher(RemoteOperator, KubernetesPodOperator):
 
 def pod_settings(stage: Stage, settings: Deployment) -> dict[str, Any]:
     """What the operator is told about a stage's pod."""
-    cluster, wanted = settings.kubernetes, stage.resources
+    cluster, wanted = settings.kubernetes, settings.resources_of(stage)
     return {
         "kubernetes_conn_id": None,  # Airflow's own service account, else the kubeconfig
         "namespace": cluster.namespace,
@@ -117,7 +127,7 @@ def pod_settings(stage: Stage, settings: Deployment) -> dict[str, Any]:
         "on_kill_action": "delete_pod",
         "log_events_on_failure": True,
         "log_pod_spec_on_failure": False,
-        "container_name_log_prefix_enabled": False,
+        "log_formatter": lambda _, line: printable(line.encode()),
         "deferrable": False,
     }
 
@@ -133,7 +143,8 @@ def resources(wanted: Resources, gpu: str) -> V1ResourceRequirements:
 
 def environment(stage: Stage, settings: Deployment) -> list[V1EnvVar]:
     """The deployment's variables, and the user key by reference where the stage uses it."""
-    plain = [V1EnvVar(name=name, value=value) for name, value in sorted(settings.environment.items())]
+    told = granted(settings.resources_of(stage)) | settings.environment
+    plain = [V1EnvVar(name=name, value=value) for name, value in sorted(told.items())]
     if not stage.uses_user_key:
         return plain
     held = settings.kubernetes.user_key

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import StageOperator, failure, printable
+from launch import StageOperator, failure, printable, slots
 
 from flywheel_tasks import processes
 from flywheel_tasks.core.ids import USER_KEY_VARIABLE
@@ -33,8 +33,7 @@ class Launcher(StageOperator):
 
     @staticmethod
     def placement(stage: Stage) -> dict[str, Any]:
-        """As many slots as the stage wants cores, so that two that fill the machine wait for each other."""
-        return {"pool_slots": max(1, min(round(stage.resources.cpus), os.cpu_count() or 1))}
+        return {**StageOperator.placement(stage), "pool_slots": slots(stage)}
 
     def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
         with tempfile.TemporaryFile() as stdout:

@@ -48,12 +48,16 @@ class Launcher(RemoteOperator):
                 "metadata": {"task": task_of(context), "stage": self.stage_name},
                 "runtime_env": {"env_vars": settings.environment},
             }
+            if self.cancelled:
+                return Ended(None, "was cancelled before its job was sent")
             answer = api.post("/api/jobs/", json=job)
             if answer.status_code in (401, 403):
                 raise AirflowFailException(f"{settings.ray.address} refused {TOKEN_VARIABLE}: {answer.text[:200]}")
             answer.raise_for_status()
             self.log.info("job %s on %s, %d nodes", self._job, settings.ray.address, self.resources_of_stage.nodes)
             try:
+                if self.cancelled:
+                    self.on_kill()
                 return self.follow(api, settings.ray.poll_seconds)
             except BaseException:
                 self.on_kill()
@@ -82,6 +86,7 @@ class Launcher(RemoteOperator):
 
     def on_kill(self) -> None:
         """Ask the cluster to stop the job; Airflow calls this in a signal handler, so it may not wait long."""
+        super().on_kill()
         if not self._job:
             return
         try:

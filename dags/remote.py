@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import deployment
 from airflow.sdk.exceptions import AirflowFailException
 from launch import StageOperator, failure
 
+from flywheel_tasks.compute.demand import misfit
+from flywheel_tasks.compute.session import CPUS_VARIABLE
 from flywheel_tasks.core import receipts
 from flywheel_tasks.core.errors import FlywheelError
-from flywheel_tasks.core.stage import Stage
+from flywheel_tasks.core.stage import Resources, Stage
 from flywheel_tasks.core.store import Store
 from flywheel_tasks.pipeline import load_config
 
@@ -33,20 +35,19 @@ class RemoteOperator(StageOperator):
 
     def __init__(self, *, stage: Stage, **kwargs: Any) -> None:
         super().__init__(stage=stage, **kwargs)
-        self.resources_of_stage = stage.resources
-
-    @staticmethod
-    def placement(stage: Stage) -> dict[str, Any]:
-        """The deadline holds wherever the stage runs; a slot only waits here, so it takes one."""
-        return {"execution_timeout": timedelta(hours=deployment.load().deadline_hours)}
+        self.resources_of_stage = deployment.load().resources_of(stage)
+        self.cancelled = False
 
     def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
         params = context["params"]
         settings = [*deployment.overrides(), *(params.get("overrides") or ())]
         try:
-            store = Store(load_config(params["profile"], None, settings).store.uri)
+            config = load_config(params["profile"], None, settings)
+            store = Store(config.store.uri)
         except FlywheelError as error:
             raise AirflowFailException(f"{self.stage_name}: {error}") from error
+        if why := misfit(self.stage_name, config.stages[self.stage_name], self.resources_of_stage):
+            raise AirflowFailException(f"{why}, in the file that ${deployment.VARIABLE} names")
         receipt = f"{self.stage_name}-{uuid.uuid4().hex}"
         ended = self.run_to_end([*arguments, "--set", f"store.uri={store.uri}", "--receipt", receipt], context)
         artifact = receipts.take(store, receipt)
@@ -56,9 +57,20 @@ class RemoteOperator(StageOperator):
             self.log.warning("%s after its artifact was committed: the work is done", ended.how or "it ended badly")
         return artifact.uri
 
+    def on_kill(self) -> None:
+        """Airflow calls this once, wherever the task is; what is made afterwards is taken back by who made it."""
+        self.cancelled = True
+        super().on_kill()
+
     @abstractmethod
     def run_to_end(self, arguments: Sequence[str], context: Mapping[str, Any]) -> Ended:
         """Run `flywheel` with these arguments, log what it says, and tell how it ended."""
+
+
+def granted(wanted: Resources) -> dict[str, str]:
+    """What tells a process how many cores it was granted: from inside it sees all those of its node."""
+    cores = str(max(1, math.floor(wanted.cpus)))
+    return {CPUS_VARIABLE: cores, "OMP_NUM_THREADS": cores}
 
 
 def task_of(context: Mapping[str, Any]) -> str:

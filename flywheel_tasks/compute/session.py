@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flywheel_tasks.core.errors import FlywheelError
+from flywheel_tasks.core.errors import FlywheelError, InputError
 
 _OBJECT_STORE_BYTES = 256 << 20
 _START_SECONDS, _TRIES = 90, 3
@@ -22,9 +22,22 @@ _LATE = "timed out during startup"
 _starting = threading.Lock()
 
 
+CPUS_VARIABLE = "FLYWHEEL_CPUS"
+"""What a launcher grants: a pod's request and a container's quota leave all cores of the node in sight."""
+
+
 def cpus() -> int:
     """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(cores())
+
+
+def cores() -> list[int]:
+    """Their numbers, where threads are bound to them."""
+    seen = sorted(os.sched_getaffinity(0))
+    granted = os.environ.get(CPUS_VARIABLE, "")
+    if granted and not (granted.isdecimal() and int(granted) > 0):
+        raise InputError(f"{CPUS_VARIABLE}='{granted}': give a number of cores, 1 or more")
+    return seen[: int(granted)] if granted else seen
 
 
 def ensure() -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flywheel_tasks.compute import session
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.evaluation import benchmark_worker
 from flywheel_tasks.evaluation.benchmark_data import CATALOGUE, Splits, merge, subject, task_files
@@ -124,7 +125,7 @@ def harness(spec: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any
     asked.write_text(json.dumps(spec), encoding="utf-8")
     environment = {**os.environ, "HF_HOME": str(folder / "hf")}
     if spec["device"] == "cpu":
-        cores = sorted(os.sched_getaffinity(0))
+        cores = session.cores()
         environment |= {
             "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
             "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

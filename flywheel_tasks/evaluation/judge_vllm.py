@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flywheel_tasks.compute import session
 from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.evaluation.judge import Answer, JudgeConfig
 from flywheel_tasks.evaluation.rubric import Message, schema
@@ -53,7 +54,7 @@ def _engine(config: JudgeConfig) -> Any:
 
     folder = local_folder(config.model or "")
     # vLLM reads these when it is imported; what the environment says already stays.
-    for name, value in environment(sorted(os.sched_getaffinity(0))).items():
+    for name, value in environment(session.cores()).items():
         os.environ.setdefault(name, value)
     import torch
     from vllm import LLM

@@ -9,7 +9,6 @@ Every file carries the layout's stamp (`stamp`): files of two layouts, or of a l
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from flywheel_tasks.compute import session
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.release.parts import Part
 from flywheel_tasks.release.population import Log, Population, first_values, populate, read_log, span
@@ -52,7 +52,7 @@ def write_layout(
     everyone = _everyone(log, window)
     if problem := too_many_crossed(everyone.rows, config.max_crossed):
         raise InputError(problem)
-    cells = scan(activity, Scan(everyone, window, config.bad_rows), config.threads or os.cpu_count() or 1)
+    cells = scan(activity, Scan(everyone, window, config.bad_rows), config.threads or session.cpus())
     slots, rows, segments = _in_log_order(log, everyone)
     counts = log.rows + everyone.rows
     stamp = Stamp(

@@ -47,6 +47,9 @@ imagePullSecrets:
 FLYWHEEL_PROFILE: {{ .Values.profile | quote }}
 {{- if .Values.mlflow.enabled }}
 MLFLOW_TRACKING_URI: {{ include "flywheel.mlflowUri" . | quote }}
+{{- with .Values.mlflow.url }}
+FLYWHEEL_MLFLOW_UI: {{ . | quote }}
+{{- end }}
 {{- end }}
 {{- range $name, $value := .Values.store.environment }}
 {{ $name }}: {{ $value | quote }}
@@ -142,6 +145,7 @@ spec:
       env:
         # Every call to the cluster, jobs included, needs the token; the user key never comes here.
         - {name: RAY_AUTH_MODE, value: token}
+        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
         - name: RAY_AUTH_TOKEN
           valueFrom: {secretKeyRef: {name: {{ include "flywheel.rayToken" .root }}, key: auth_token}}
         {{- include "flywheel.mlflowLogin" .root | trim | nindent 8 }}

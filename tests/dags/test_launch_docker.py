@@ -23,6 +23,7 @@ from docker.errors import DockerException
 from launch_docker import TASK_LABEL, Launcher, container, lines
 
 import docker
+from flywheel_tasks.compute.session import CPUS_VARIABLE
 from flywheel_tasks.core.stage import Resources
 from flywheel_tasks.core.store import Store
 from flywheel_tasks.pipeline import by_name
@@ -67,7 +68,7 @@ def test_secrets_reach_only_who_needs_them(
     stage = by_name("ingest" if uses else "diversify")
     assert stage.uses_user_key is uses
     launcher = Launcher(task_id=stage.name, stage=stage, upstream=[])
-    expected = {"FLYWHEEL_PROFILE", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"}
+    expected = {"FLYWHEEL_PROFILE", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD", CPUS_VARIABLE, "OMP_NUM_THREADS"}
     assert set(launcher.environment(settings)) == expected | ({"FLYWHEEL_USER_KEY"} if uses else set())
 
 
@@ -167,6 +168,14 @@ def test_a_cancelled_task_removes_its_container(engine: docker.APIClient, tmp_pa
 
     threading.Thread(target=cancel, daemon=True).start()
     with pytest.raises(AirflowException):
+        execute(operator, context(tmp_path, f"ingest.logs={tmp_path}/logs/*"))
+
+
+@pytest.mark.slow
+def test_a_task_cancelled_before_it_has_its_container_leaves_none(engine: docker.APIClient, tmp_path: Path):
+    operator = launcher()
+    operator.on_kill()
+    with pytest.raises(AirflowException, match="cancelled"):
         execute(operator, context(tmp_path, f"ingest.logs={tmp_path}/logs/*"))
 
 

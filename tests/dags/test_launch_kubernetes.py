@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import ApiClient
+from launch import LONGEST_LINE
 from launch_kubernetes import Launcher
 from launch_ray import Launcher as RayLauncher
 from structlog.testing import capture_logs
@@ -213,6 +214,44 @@ def test_a_cancelled_task_deletes_its_pod(cluster: kube_api.Cluster, tmp_path: P
     assert time.monotonic() - began < 30
     assert cluster.pods == {}
     assert cluster.processes == {}
+
+
+@pytest.mark.parametrize("moment", ["before", "while it is made"])
+def test_a_task_cancelled_before_it_has_its_pod_leaves_none(
+    cluster: kube_api.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    """Airflow calls on_kill in a signal handler and goes on: the work between has no pod to delete yet."""
+    cluster.command = ("python3", "-c", "import time; time.sleep(60)")
+    launcher = operator(by_name("ingest"))
+    if moment == "before":
+        launcher.on_kill()
+    else:
+        make = cluster.create
+
+        def create(pod: dict[str, Any]) -> dict[str, Any]:
+            launcher.on_kill()
+            return make(pod)
+
+        monkeypatch.setattr(cluster, "create", create)
+    with pytest.raises(AirflowException, match="cancelled"):
+        execute(launcher, context(tmp_path))
+    assert len(cluster.created) == (moment != "before")
+    assert cluster.pods == {}
+    assert cluster.processes == {}
+
+
+def test_a_pods_log_can_neither_move_the_cursor_nor_fill_the_disk(cluster: kube_api.Cluster, tmp_path: Path):
+    cluster.command = ("python3", "-c", "print('\x1b[2Jcleared'); print('x' * 100_000); raise SystemExit(1)")
+    with pytest.raises(AirflowException, match="exit code 1"), capture_logs() as said:
+        execute(operator(by_name("ingest")), context(tmp_path))
+    lines = [str(entry["event"]) for entry in said]
+    assert any(line.endswith("[2Jcleared") and "\x1b" not in line for line in lines)
+    assert max(map(len, lines)) < 2 * LONGEST_LINE
+
+
+def test_a_pod_is_told_how_many_cores_it_was_granted():
+    told = {variable["name"]: variable.get("value") for variable in pod_of(GPU)["spec"]["containers"][0]["env"]}
+    assert (told["FLYWHEEL_CPUS"], told["OMP_NUM_THREADS"]) == ("8", "8")
 
 
 def test_a_new_try_deletes_the_pod_of_a_worker_that_died_and_no_other(cluster: kube_api.Cluster, tmp_path: Path):

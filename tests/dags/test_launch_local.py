@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
-from launch import LONGEST_LINE
+from launch import LAUNCHERS, LONGEST_LINE, StageOperator, launcher_of
+from launch_docker import Launcher as DockerLauncher
 from launch_local import Launcher
 from structlog.testing import capture_logs
 
@@ -177,10 +179,21 @@ def test_a_stage_ends_when_its_worker_is_killed(tmp_path: Path):
     wait_for(lambda: not alive(int(pid.read_text())))
 
 
-def test_a_stage_takes_as_many_slots_as_cores_but_never_more_than_there_are():
+@pytest.mark.parametrize("launcher", [Launcher, DockerLauncher], ids=["local", "docker"])
+def test_a_stage_takes_as_many_slots_as_cores_but_never_more_than_there_are(launcher: type[StageOperator]):
     cores = os.cpu_count() or 1
-    assert Launcher.placement(stage(resources=Resources(cpus=0.5))) == {"pool_slots": 1}
-    assert Launcher.placement(stage(resources=Resources(cpus=10_000))) == {"pool_slots": cores}
+    assert launcher.placement(stage(resources=Resources(cpus=0.5)))["pool_slots"] == 1
+    assert launcher.placement(stage(resources=Resources(cpus=10_000)))["pool_slots"] == cores
+    assert launcher.placement(stage(resources=Resources(gpus=1)))["pool_slots"] == cores, (
+        "one machine, its GPUs undivided"
+    )
+
+
+@pytest.mark.parametrize("mode", LAUNCHERS)
+def test_every_launcher_stops_a_stage_at_its_deadline(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "deployment.yaml").write_text("deadline_hours: 3")
+    monkeypatch.setenv("FLYWHEEL_DEPLOYMENT", str(tmp_path / "deployment.yaml"))
+    assert launcher_of(mode).placement(stage())["execution_timeout"] == dt.timedelta(hours=3)
 
 
 def alive(pid: int) -> bool:

@@ -228,6 +228,17 @@ def test_a_cancelled_task_stops_its_job_and_a_new_try_the_one_before(deployed: H
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_task_cancelled_before_it_has_its_job_sends_none(deployed: Head, tmp_path: Path):
+    launcher = Launcher(task_id=OPEN, stage=spanning(OPEN), upstream=[])
+    before = len(deployed.jobs())
+    launcher.on_kill()
+    with pytest.raises(AirflowException, match="cancelled"):
+        type(launcher).execute.__wrapped__(launcher, context(tmp_path, "early"))
+    assert len(deployed.jobs()) == before
+
+
+@pytest.mark.slow
 def test_the_head_listens_on_loopback_alone(deployed: Head):
     listening: list[str] = []
     for process in deployed.family():

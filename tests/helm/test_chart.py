@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -188,6 +191,96 @@ print(json.dumps(made))
     assert made["gpu-stage"]["spec"].get("nodeSelector", {}) == (
         {"node-pool": "gpu"} if values == "gpu-cluster" else {}
     )
+
+
+FITS = """
+import json, sys
+sys.path.append(sys.argv[1])
+import deployment
+from flywheel_tasks.compute.demand import gpus, misfit
+from flywheel_tasks.pipeline import STAGES, load_config
+here = deployment.load()
+config = load_config(here.environment["FLYWHEEL_PROFILE"], None, deployment.overrides())
+granted = {stage.name: here.resources_of(stage) for stage in STAGES}
+print(json.dumps({
+    "misfits": [why for s in STAGES if (why := misfit(s.name, config.stages[s.name], granted[s.name]))],
+    "used": sum(gpus(config.stages[s.name]) for s in STAGES),
+    "spread": {s.name: granted[s.name].nodes * granted[s.name].gpus for s in STAGES if granted[s.name].nodes > 1},
+    "logs": config.stages["ingest"].logs,
+    "urls": [value for value in config.flat().values() if value.startswith("http")],
+}))
+"""
+
+
+def fits(values: str, tmp_path: Path) -> dict[str, Any]:
+    (config,) = of_kind(values, "ConfigMap")
+    file = tmp_path / "deployment.yaml"
+    file.write_text(config["data"]["deployment.yaml"])
+    environment = {"FLYWHEEL_DEPLOYMENT": str(file), "PATH": "/usr/bin", "HOME": str(tmp_path)}
+    argv = [sys.executable, "-c", FITS, str(ROOT / "dags")]
+    done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_every_stage_of_the_profile_fits_what_the_values_grant_it(values: str, tmp_path: Path):
+    """And a scheduled run, which nobody fills a form for, knows where the logs are."""
+    found = fits(values, tmp_path)
+    assert found["misfits"] == []
+    assert found["logs"]
+    assert (found["used"] > 0) is (values != "small")
+    for cluster in of_kind(values, "RayCluster"):
+        (workers,) = cluster["spec"]["workerGroupSpecs"]
+        (container,) = workers["template"]["spec"]["containers"]
+        there = workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+        assert found["spread"], "a Ray cluster that no stage uses holds GPUs for nothing"
+        assert max(found["spread"].values()) <= there
+
+
+@pytest.mark.parametrize("values", ["gpu-cluster", "air-gapped"])
+def test_stages_reach_every_server_that_the_profile_names(values: str, tmp_path: Path):
+    (outward,) = [p for p in of_kind(values, "NetworkPolicy") if p["metadata"]["name"] == "fw-outward"]
+    open_ports = {
+        (str(to["podSelector"]["matchLabels"]["app"]), port["port"])
+        for rule in outward["spec"]["egress"]
+        for to in rule.get("to", [])
+        if "podSelector" in to
+        for port in rule["ports"]
+    }
+    urls = [urlsplit(url) for url in fits(values, tmp_path)["urls"]]
+    assert urls
+    assert {(url.hostname, url.port) for url in urls} <= open_ports
+
+
+@pytest.mark.parametrize("password", ["plain", "p%40ss", "50%"])
+def test_mlflow_reads_its_login_back_whatever_the_database_password_holds(tmp_path: Path, password: str):
+    """The container writes an INI file, which MLflow reads with interpolation."""
+    (mlflow,) = of_kind("gpu-cluster", "Deployment")
+    (container,) = mlflow["spec"]["template"]["spec"]["containers"]
+    script = container["args"][0].partition("exec mlflow")[0]
+    held = {
+        "USERS_URI": f"postgresql://u:{password}@db/users", "ADMIN_USERNAME": "admin", "ADMIN_PASSWORD": f"x{password}",
+        "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
+    }  # fmt: skip
+    subprocess.run(["bash", "-ec", script], env=held, check=True)
+    parser = configparser.ConfigParser()
+    parser.read(tmp_path / "auth.ini")
+    assert parser["mlflow"]["database_uri"] == held["USERS_URI"]
+    assert parser["mlflow"]["admin_password"] == held["ADMIN_PASSWORD"]
+    assert stat.S_IMODE((tmp_path / "auth.ini").stat().st_mode) == 0o600
+
+
+def test_people_reach_mlflow_where_the_values_say_and_no_other_site_does():
+    (mlflow,) = of_kind("gpu-cluster", "Deployment")
+    (container,) = mlflow["spec"]["template"]["spec"]["containers"]
+    hosts = next(v["value"] for v in container["env"] if v["name"] == "ALLOWED_HOSTS").split(",")
+    assert hosts[-1] == "mlflow.example.com"
+    assert "--cors-allowed-origins https://mlflow.example.com" in container["args"][0]
+    (policy,) = [p for p in of_kind("gpu-cluster", "NetworkPolicy") if p["metadata"]["name"] == "fw-mlflow"]
+    assert "ingress-nginx" in str(policy["spec"]["ingress"])
+    assert "FLYWHEEL_MLFLOW_UI" in str(of_kind("gpu-cluster", "ConfigMap"))
+    assert "cors" not in str(of_kind("small", "Deployment"))
 
 
 def leaves(values: dict[str, Any], above: str = "") -> list[str]:
