@@ -40,6 +40,7 @@ imagePullSecrets:
 
 {{- define "flywheel.rayToken" -}}{{ .Values.ray.token.secret | default (printf "%s-ray-token" .Release.Name) }}{{- end }}
 {{- define "flywheel.mlflowAdmin" -}}{{ .Values.mlflow.admin.secret | default (printf "%s-mlflow-admin" .Release.Name) }}{{- end }}
+{{- define "flywheel.mlflowClient" -}}{{ .Values.mlflow.client.secret | default (printf "%s-mlflow-client" .Release.Name) }}{{- end }}
 {{- define "flywheel.mlflowUri" -}}http://{{ .Release.Name }}-mlflow.{{ .Release.Namespace }}.svc:{{ .Values.mlflow.port }}{{- end }}
 
 {{/* What a stage is told, wherever it runs; nothing here is secret. */}}
@@ -66,9 +67,9 @@ FLYWHEEL_MLFLOW_UI: {{ . | quote }}
 {{- define "flywheel.mlflowLogin" -}}
 {{- if .Values.mlflow.enabled }}
 - name: MLFLOW_TRACKING_USERNAME
-  valueFrom: {secretKeyRef: {name: {{ include "flywheel.mlflowAdmin" . }}, key: username}}
+  valueFrom: {secretKeyRef: {name: {{ include "flywheel.mlflowClient" . }}, key: username}}
 - name: MLFLOW_TRACKING_PASSWORD
-  valueFrom: {secretKeyRef: {name: {{ include "flywheel.mlflowAdmin" . }}, key: password}}
+  valueFrom: {secretKeyRef: {name: {{ include "flywheel.mlflowClient" . }}, key: password}}
 {{- end }}
 {{- end }}
 

@@ -16,6 +16,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
 from tests.helm.chart import CHART, HELM, KUBERNETES, LEAK, ROOT, SENSITIVE, VALUES, helm, of_kind, pods, rendered
 
@@ -120,7 +121,7 @@ def test_the_grep_finds_what_it_is_for():
 def test_generated_secrets_are_random_and_made_only_where_none_is_named():
     first, second = rendered("gpu-cluster"), rendered("gpu-cluster", "--set", "deadlineHours=48")
     made = [{d["metadata"]["name"]: d["data"] for d in r if d["kind"] == "Secret"} for r in (first, second)]
-    assert set(made[0]) == {"fw-mlflow-admin", "fw-ray-token"}
+    assert set(made[0]) == {"fw-mlflow-admin", "fw-mlflow-client", "fw-ray-token"}
     assert made[0]["fw-ray-token"]["auth_token"] != made[1]["fw-ray-token"]["auth_token"]
     assert not of_kind("air-gapped", "Secret")
 
@@ -253,22 +254,37 @@ def test_stages_reach_every_server_that_the_profile_names(values: str, tmp_path:
     assert {(url.hostname, url.port) for url in urls} <= open_ports
 
 
-@pytest.mark.parametrize("password", ["plain", "p%40ss", "50%"])
-def test_mlflow_reads_its_login_back_whatever_the_database_password_holds(tmp_path: Path, password: str):
-    """The container writes an INI file, which MLflow reads with interpolation."""
+@pytest.mark.parametrize("password", ["p%40ss-word", "fifty-50%"])
+def test_mlflow_starts_with_its_logins_whatever_the_passwords_hold(tmp_path: Path, password: str):
+    """The container writes an INI file, which MLflow reads with interpolation, and makes the stages' own user."""
     (mlflow,) = of_kind("gpu-cluster", "Deployment")
     (container,) = mlflow["spec"]["template"]["spec"]["containers"]
     script = container["args"][0].partition("exec mlflow")[0]
+    uri = f"sqlite:///{tmp_path}/users.db"
     held = {
-        "USERS_URI": f"postgresql://u:{password}@db/users", "ADMIN_USERNAME": "admin", "ADMIN_PASSWORD": f"x{password}",
-        "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
+        "USERS_URI": uri, "ADMIN_USERNAME": "admin", "ADMIN_PASSWORD": f"admins-{password}",
+        "CLIENT_USERNAME": "flywheel", "CLIENT_PASSWORD": f"stages-{password}",
+        "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
     }  # fmt: skip
-    subprocess.run(["bash", "-ec", script], env=held, check=True)
+    for _ in range(2):  # a second start finds the user
+        subprocess.run(["bash", "-ec", script], env=held, check=True, capture_output=True)
     parser = configparser.ConfigParser()
     parser.read(tmp_path / "auth.ini")
-    assert parser["mlflow"]["database_uri"] == held["USERS_URI"]
+    assert parser["mlflow"]["database_uri"] == uri
     assert parser["mlflow"]["admin_password"] == held["ADMIN_PASSWORD"]
     assert stat.S_IMODE((tmp_path / "auth.ini").stat().st_mode) == 0o600
+    users = SqlAlchemyStore()
+    users.init_db(uri)
+    assert users.authenticate_user("flywheel", held["CLIENT_PASSWORD"])
+    assert users.get_user("flywheel").is_admin is False
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_no_stage_holds_the_password_of_mlflows_administrator(values: str):
+    (config,) = of_kind(values, "ConfigMap")
+    told = config["data"]["deployment.yaml"] + yaml.safe_dump_all(of_kind(values, "RayCluster"))
+    assert "mlflow-client" in told
+    assert "mlflow-admin" not in told
 
 
 def test_people_reach_mlflow_where_the_values_say_and_no_other_site_does():
