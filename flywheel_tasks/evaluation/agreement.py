@@ -127,7 +127,8 @@ def read_labelled(lines: Iterable[str], where: str) -> Iterator[LabelledItem]:
             raise InputError(f"{at}: no judged metric '{metric}': they are {', '.join(rubric.load().metrics)}")
         if not isinstance(response, str) or not isinstance(label, bool):
             raise InputError(f"{at}: response must be a text and label true or false")
-        group = str(row.get("group") or turns[-1][1] if turns else response)
+        given = row.get("group")
+        group = str(given if given is not None else turns[-1][1] if turns else response)
         yield LabelledItem(metric, Item(str(row.get("card", "")), turns, response), label, group)
 
 

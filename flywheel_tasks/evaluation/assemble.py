@@ -26,7 +26,7 @@ def assemble(sections: Mapping[str, Any], given: Mapping[str, bytes], **names: A
         if name in sections:
             read(sections[name], body, unmeasured)
     for where, data in sorted(given.items()):
-        _hand_in(body, where, data)
+        _hand_in(body, unmeasured, where, data)
     try:
         return Evidence.model_validate(body | {"unmeasured": unmeasured})
     except ValidationError as error:
@@ -55,7 +55,7 @@ def _metrics(report: Json, body: dict[str, Any], unmeasured: dict[str, str]) -> 
             if not trusted:
                 change["unusable"] = str(next(v.get("why") for v in sides.values() if v) or "its judge can't gate")
             found[name] = change
-        elif trusted:
+        else:
             why = next(
                 (str(value["why"]) for value in sides.values() if value and value.get("why")), "it has no number"
             )
@@ -94,6 +94,8 @@ def _benchmarks(report: Json, body: dict[str, Any], unmeasured: dict[str, str]) 
             found[name] = {side: _rate(result[side]) for side in ("candidate", "champion")}
         else:
             unmeasured[f"benchmarks.{name}"] = str(result.get("why") or "no number for both models")
+    for name in report.get("skipped", ()):
+        unmeasured[f"benchmarks.{name}"] = "it has files, but runs what a model wrote, and benchmarks.run_code is off"
     if found:
         body["benchmarks"] = found
 
@@ -142,10 +144,11 @@ READERS: dict[str, Callable[[Any, dict[str, Any], dict[str, str]], None]] = {
 }
 
 
-def _hand_in(body: dict[str, Any], where: str, data: bytes) -> None:
-    """People's evidence may add what the pipeline can't measure; it may not replace what it did."""
+def _hand_in(body: dict[str, Any], unmeasured: dict[str, str], where: str, data: bytes) -> None:
+    """People's evidence may add what the pipeline can't measure; it may not replace what it did. What was measured of
+    another candidate is no evidence of this one, and a gap."""
     found = parse(data, where).model_dump(mode="json", exclude_unset=True)
-    dates = found.pop("measured_at", {})
+    dates, about = found.pop("measured_at", {}), found.pop("candidate", None)
     for section in [*found, *dates]:
         if section not in BY_PEOPLE:
             raise InputError(
@@ -154,8 +157,14 @@ def _hand_in(body: dict[str, Any], where: str, data: bytes) -> None:
     for section, value in found.items():
         if section in body:
             raise InputError(f"{where}: '{section}' is handed in twice: keep one file for each")
-        body[section] = value
-    body["measured_at"] = {**(body.get("measured_at") or {}), **dates}
+        if section != "red_team" and about is None:
+            raise InputError(f"{where}: whose '{section}' is it? say it in 'candidate', as STAGE/KEY")
+        if about is not None and about != body.get("candidate"):
+            unmeasured[section] = f"{where} is about {about}, the candidate is {body.get('candidate') or 'not named'}"
+        else:
+            body[section] = value
+    taken = {section: at for section, at in dates.items() if section in body}
+    body["measured_at"] = {**(body.get("measured_at") or {}), **taken}
 
 
 def _rate(found: Json, key: str = "rate") -> dict[str, Any]:

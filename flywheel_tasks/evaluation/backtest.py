@@ -28,7 +28,10 @@ class Replay(NamedTuple):
 
     name: str
     decision: Decision | None
-    """None where no reward model compared it with a predecessor: there was nothing to decide on."""
+    """On win-rates alone, which the gate of Sec. 3.1.2 knew. None where no reward model compared it with a predecessor:
+    there was nothing to decide on."""
+    whole: Decision | None
+    """By every rule that Table 10 has numbers for."""
     by_rule: dict[str, Verdict | None]
     lifts: tuple[float | None, float | None]
     """Breadth and depth in its A/B test, in percent."""
@@ -45,23 +48,28 @@ class Alone(NamedTuple):
 
 
 def backtest(history: Sequence[Version], config: GateConfig) -> list[Replay]:
-    """Replay every version against the one before it. The decision is on win-rates, which is what the gate of
-    Sec. 3.1.2 knew; the rules beside it see all that Table 10 has."""
+    """Replay every version against the one before it: on win-rates, which is what the gate of Sec. 3.1.2 knew, and on
+    all that Table 10 has."""
     lenient = config.model_copy(update={"require": ()})
     found: list[Replay] = []
     for index, version in enumerate(history):
         wins = Evidence(candidate=version.name, rm_win_rate=_wins(version))
         whole = wins.model_copy(update={"metrics": _changes(version, history[index - 1]) if index else None})
         alone = {name: _alone(list(RULES[name](whole, lenient, _REPLAY_AT))) for name in TABLE_10}
-        decision = decide(wins, lenient, _REPLAY_AT) if wins.has("rm_win_rate") else None
+        compared = wins.has("rm_win_rate")
+        decision, all_rules = (decide(e, lenient, _REPLAY_AT) if compared else None for e in (wins, whole))
         lifts = tuple(version.numbers[name].value if name in version.numbers else None for name in ("breadth", "depth"))
-        found.append(Replay(version.name, decision, alone | _bare(wins), (lifts[0], lifts[1])))
+        found.append(Replay(version.name, decision, all_rules, alone | _bare(wins), (lifts[0], lifts[1])))
     return found
 
 
 def summary(versions: Sequence[Replay]) -> list[Alone]:
-    """For the gate and for each rule alone: which versions it would have held or blocked, and the lifts these gave."""
-    verdicts = {"the gate": {v.name: v.decision.decision if v.decision else None for v in versions}}
+    """For the gate on win-rates, on all rules, and for each rule alone: which versions it would have held or blocked,
+    and the lifts these gave."""
+    verdicts: dict[str, dict[str, Verdict | None]] = {
+        "on win-rates": {v.name: v.decision.decision if v.decision else None for v in versions},
+        "on all rules": {v.name: v.whole.decision if v.whole else None for v in versions},
+    }
     for rule in versions[0].by_rule if versions else ():
         verdicts[rule] = {v.name: v.by_rule[rule] for v in versions}
     return [

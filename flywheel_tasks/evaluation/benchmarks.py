@@ -44,7 +44,7 @@ class BenchmarkConfig(StageConfig):
 def run(inputs: Inputs, config: BenchmarkConfig, out: Output) -> None:
     """Accuracy of the candidate and of the champion on each configured benchmark, with the number of rows.
 
-    A harness that fails fails the stage. Code benchmarks that have files while `run_code` is off are `skipped`.
+    A harness that fails fails the stage. Code benchmarks that have files while `run_code` is off are `skipped`: a gap.
     """
     from pathlib import Path
     from tempfile import TemporaryDirectory

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from flywheel_tasks.core import ids
-from flywheel_tasks.core.commands import Settings, configured
+from flywheel_tasks.core.commands import Settings, configured, new_file, new_folder
 from flywheel_tasks.core.config import FlywheelConfig
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Store
+from flywheel_tasks.core.terminal import show
 
 EXIT = {"PASS": 0, "HOLD": 3, "BLOCK": 4}
 
@@ -39,9 +40,19 @@ def register(app: typer.Typer, settings: Settings) -> None:
     ) -> None:
         """Decide on a candidate from evidence: PASS (exit 0), HOLD (exit 3) or BLOCK (exit 4), with each rule's reason.
 
-        A minimal document: {"rm_win_rate": {"pointwise_internal": {"rate": 0.55, "n": 2000}, "pointwise_user": {"rate":
-        0.58, "n": 2000}}}. Evidence that the profile requires (gate.require) and that is missing blocks.
+        A minimal document, where the profile requires no more:
+
+        \b
+        flywheel gate --set 'gate.require=[]' --evidence - <<END
+        {"rm_win_rate": {"pointwise_user": {"rate": 0.58, "n": 2000}}}
+        END
+
+        Evidence that the profile requires (gate.require) and that is missing blocks.
         """
+        if evidence and backtest:
+            raise InputError("give --evidence FILE or --backtest FILE, not both")
+        if page:
+            new_file(page, "--page", ".html")
         found = config.stages["gate"]
         raise typer.Exit(
             _history(backtest, found, as_json) if backtest else _decision(evidence, found, now, as_json, page)
@@ -86,6 +97,7 @@ def _report(out: Path, cycle: str | None, csv: Path | None, examples: bool, log:
     from flywheel_tasks.evaluation import report
     from flywheel_tasks.evaluation.history import from_csv, from_store
 
+    new_folder(out, "--out")
     if csv:
         versions, page = from_csv(csv), report.Page(source=csv.name)
     else:
@@ -105,7 +117,7 @@ def _decision(path: Path | None, config: Any, now: str | None, as_json: bool, pa
 
     if path is None:
         raise InputError("give --evidence FILE (JSON), or --backtest FILE (CSV)")
-    found = decide(parse(_read(path), str(path)), config, _moment(now))
+    found = decide(parse(_read(path), "standard input" if str(path) == "-" else str(path)), config, _moment(now))
     if page_to:
         _write(page_to, gate_view.page(found, "Gate", {"evidence": str(path)}))
     _show(found.as_json(), gate_view.render(found), as_json)
@@ -148,10 +160,8 @@ def _moment(text: str | None) -> Any:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _show(plain: dict[str, Any], table: Any, as_json: bool) -> None:
-    from rich.console import Console
-
+def _show(plain: dict[str, Any], table: list[Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(plain, indent=1, allow_nan=False))
     else:
-        Console().print(table)
+        show(*table)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from flywheel_tasks.core import problems
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.stats.winrate import Interval, wilson
 
@@ -209,9 +210,8 @@ def parse(data: bytes, where: str) -> Evidence:
         body = json.loads(data, object_pairs_hook=_once, parse_constant=_no_constant)
         return Evidence.model_validate(body)
     except ValidationError as error:
-        problem = error.errors()[0]
-        at = ".".join(str(part) for part in problem["loc"]) or "document"
-        raise InputError(f"{where}: {at}: {problem['msg'].removeprefix('Value error, ')}") from None
+        at, what = problems.first(error, Evidence)
+        raise InputError(f"{where}: {at or 'the document'}: {what}{problems.given(error)}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply to be evidence") from None
     except ValueError as error:

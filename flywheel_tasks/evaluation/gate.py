@@ -313,18 +313,22 @@ def _change(
         f"HOLD >= {_points(margin.worse)} or upper end >= {_points(margin.doubt)}; "
         f"BLOCK: lower end > {_points(margin.certain)}"
     )
-    word = "fell" if falls else "rose"
-    span = f"{_pct(x.champion.rate)} to {_pct(x.candidate.rate)}"
+    kind = rule.replace("_", " ")
+    span = ", ".join(f"{100 * end + 0.0:+.1f}" for end in ((-high, -low) if falls else (low, high)))
     reason = (
-        f"{rule.replace('_', ' ')}: {subject} {word} by {_points(change)} [{_points(low)}, {_points(high)}], {span}"
+        f"{kind if kind == subject else f'{kind} ({subject})'} went from {_pct(x.champion.rate)} to "
+        f"{_pct(x.candidate.rate)}: {100 * (x.candidate.rate - x.champion.rate):+.1f} points [{span}]"
     )
     if unusable := _why_unusable(x, c):
         return Finding(rule, subject, change, limit, distrusted, f"{reason}; not judged: {unusable}")
     verdict: Verdict = "PASS"
     if change >= margin.worse and low > margin.certain:
         verdict = "BLOCK"
-    elif change >= margin.worse or high >= margin.doubt:
+    elif change >= margin.worse:
         verdict = "HOLD"
+    elif high >= margin.doubt:
+        verdict = "HOLD"
+        reason += f"; a {'fall' if falls else 'rise'} of {_points(high)} can't be ruled out"
     return Finding(rule, subject, change, limit, verdict, reason)
 
 

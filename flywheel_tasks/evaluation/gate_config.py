@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from flywheel_tasks.core.config import StageConfig
+from flywheel_tasks.core.config import Section, StageConfig
 from flywheel_tasks.evaluation.evidence import is_requirable
 
 
-class _Limits(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Band(_Limits):
+class Band(Section):
     """PASS below `hold`, BLOCK at `block` or above, a person decides in between."""
 
     hold: float = Field(ge=0, allow_inf_nan=False)
@@ -25,7 +21,7 @@ class Band(_Limits):
         return self
 
 
-class Margin(_Limits):
+class Margin(Section):
     """How much worse than the champion a share may be, judged by its change d and the interval [low, high] of d.
 
     BLOCK when d >= worse and low > certain; HOLD when d >= worse, or when high >= doubt (worse can't be ruled out).
@@ -42,7 +38,7 @@ class Margin(_Limits):
         return self
 
 
-class OldBatch(_Limits):
+class OldBatch(Section):
     """HOLD where the loss is at least `worse` and certainly above zero, BLOCK where it is certainly above `certain`."""
 
     worse: float = Field(gt=0, le=1)

@@ -5,49 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flywheel_tasks.evaluation.backtest import PROMPTS, Replay, summary
+from flywheel_tasks.core.terminal import Table, line
+from flywheel_tasks.evaluation.backtest import PROMPTS, TABLE_10, Replay, summary
 from flywheel_tasks.evaluation.gate import Decision, Finding
 
 _COLOUR = {"PASS": "green", "HOLD": "yellow", "BLOCK": "bold red", "NOTE": "dim"}
 
 
-def render(decision: Decision) -> Any:
-    """The decision and every rule, gravest first, ready for a rich console."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("rule", "verdict", "threshold", "reason"):
-        table.add_column(name, overflow="fold")
-    for f in _gravest_first(decision.findings):
-        table.add_row(f.rule, Text(f.verdict, style=_COLOUR[f.verdict]), Text(f.threshold), Text(f.reason))
-    return Group(Text(f"decision: {decision.decision}", style=_COLOUR[decision.decision]), table)
+def render(decision: Decision) -> list[Any]:
+    """The decision and every rule, gravest first, ready for `terminal.show`."""
+    rows = [(f.rule, (f.verdict, _COLOUR[f.verdict]), f.threshold, f.reason) for f in _gravest_first(decision.findings)]
+    return [
+        line(f"decision: {decision.decision}", _COLOUR[decision.decision]),
+        Table(("rule", "verdict", "threshold", "reason"), rows),
+    ]
 
 
-def render_history(versions: Sequence[Replay]) -> Any:
+def render_history(versions: Sequence[Replay]) -> list[Any]:
     """What the gate and each rule alone would have done on a history."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    rules = list(versions[0].by_rule) if versions else []
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="replay", title_justify="left")
-    for name in ("version", "breadth %", "depth %", "the gate", *rules):
-        table.add_column(name, overflow="fold")
+    rows = []
     for v in versions:
-        verdicts = [v.decision.decision if v.decision else None, *(v.by_rule[name] for name in rules)]
-        cells = [Text(w, style=_COLOUR[w]) if w else Text("-", style="dim") for w in verdicts]
-        table.add_row(Text(v.name), *(Text("-" if x is None else f"{x:+.2f}") for x in v.lifts), *cells)
-    alone = Table(box=SIMPLE_HEAD, pad_edge=False, title="each rule alone", title_justify="left")
-    for name in ("rule", "applies to", "would have held", "would have blocked"):
-        alone.add_column(name, overflow="fold")
-    for line in summary(versions):
-        alone.add_row(Text(line.rule), str(line.applies_to), Text(_list(line.held)), Text(_list(line.blocked)))
-    note = f"Each rate is read as one of {PROMPTS:,} prompts, since the history states no sizes. '-': no number for it."
-    return Group(table, alone, Text(note, style="dim"))
+        lifts = ("-" if x is None else f"{x:+.2f}" for x in v.lifts)
+        stopped = (
+            f"{rule} {said}" for rule, said in v.by_rule.items() if rule in TABLE_10 and said in ("HOLD", "BLOCK")
+        )
+        rows.append((v.name, *lifts, _verdict(v.decision), _verdict(v.whole), ", ".join(stopped)))
+    alone = [(one.rule, one.applies_to, _list(one.held), _list(one.blocked)) for one in summary(versions)]
+    return [
+        Table(
+            ("version", "breadth %", "depth %", "on win-rates", "on all rules", "rules that stop it"), rows, "replay"
+        ),
+        Table(("rule", "applies to", "would have held", "would have blocked"), alone, "each rule alone"),
+        "On win-rates: what the gate of Sec. 3.1.2 knew. On all rules: all that Table 10 has numbers for. Each rate is "
+        f"read as one of {PROMPTS:,} prompts, since the history states no sizes. '-': no number for it.",
+    ]
+
+
+def _verdict(decision: Decision | None) -> tuple[str, str]:
+    return (decision.decision, _COLOUR[decision.decision]) if decision else ("-", "dim")
 
 
 def history_json(versions: Sequence[Replay]) -> dict[str, Any]:
@@ -57,6 +52,7 @@ def history_json(versions: Sequence[Replay]) -> dict[str, Any]:
             {
                 "version": v.name,
                 "decision": v.decision.decision if v.decision else None,
+                "decision_by_all_rules": v.whole.decision if v.whole else None,
                 "reasons": v.decision.reasons if v.decision else ["no reward model compared it with a predecessor"],
                 "by_rule": v.by_rule,
                 "breadth_lift_pct": v.lifts[0],
@@ -76,8 +72,18 @@ def page(decision: Decision, title: str, facts: Mapping[str, str]) -> str:
         decision=decision.decision,
         reasons=decision.reasons,
         facts=list(facts.items()),
-        findings=_gravest_first(decision.findings),
+        findings=[f._asdict() | {"value": _in_unit(f)} for f in _gravest_first(decision.findings)],
     )
+
+
+def _in_unit(finding: Finding) -> str:
+    """The value in the unit that its threshold is in."""
+    value, limit = finding.value, finding.threshold
+    if value is None:
+        return ""
+    if "points" in limit:
+        return f"{100 * value:.1f} points"
+    return f"{100 * value:.1f} %" if "%" in limit else f"{value:.4g}"
 
 
 _ODD = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")

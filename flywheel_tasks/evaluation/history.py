@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class Version:
     reasons: tuple[str, ...] = ()
     outcome: str | None = None
     released: bool = True
-    """Whether it became champion; only then its lift counts in the cumulative growth."""
+    """Whether it became champion and was not rolled back; only then its lift counts in the cumulative growth."""
     candidate: str | None = None
     champion: str | None = None
     win_rate: Band = GateConfig().win_rate
@@ -137,20 +138,29 @@ def from_csv(path: Path) -> list[Version]:
 def _of_row(row: Mapping[str, str | None], where: str) -> Version:
     numbers = {}
     for known in (r for rows in GROUPS.values() for r in rows):
-        text = (row.get(known.column) or "").strip()
-        if not text:
+        value = _cell(row, known.column, where)
+        if value is None:
             continue
-        minus, plus = (row.get(f"{known.name}_ci_{side}") for side in ("minus", "plus"))
-        try:
-            value = float(text)
-            if known.unit == "share" and not 0 <= value <= 100:
-                raise InputError(f"{where}: {known.column} {value:g} is not between 0 and 100")
-            low, high = (value - float(minus), value + float(plus)) if minus and plus else (None, None)
-        except ValueError as error:
-            raise InputError(f"{where}: {known.column} '{text[:40]}' is not a number") from error
+        if known.unit == "share" and not 0 <= value <= 100:
+            raise InputError(f"{where}: {known.column} {value:g} is not between 0 and 100")
+        minus, plus = (_cell(row, f"{known.name}_ci_{side}", where) for side in ("minus", "plus"))
+        low, high = (None, None) if minus is None or plus is None else (value - minus, value + plus)
         scale = 0.01 if known.unit == "share" else 1.0
         numbers[known.name] = Number(value * scale, low, high)
     return Version(row["version"] or "?", row.get("release_date") or "", numbers)
+
+
+def _cell(row: Mapping[str, str | None], column: str, where: str) -> float | None:
+    text = (row.get(column) or "").strip()
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise InputError(f"{where}: {column} '{text[:40]}' is not a number") from error
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {column} '{text[:40]}' is not a finite number")
+    return value
 
 
 def from_store(store: Store) -> list[Version]:
@@ -186,7 +196,7 @@ def of_cycle(store: Store, cycle: str) -> Version:
         decision=decision.get("decision"),
         reasons=tuple(decision.get("reasons", ())),
         outcome=promotion.json("promotion")["outcome"] if promotion else None,
-        released=any(e.action == "crown" and e.cycle == cycle for e in read(store.storage).entries),
+        released=read(store.storage).released(cycle),
         candidate=decision.get("candidate"),
         champion=decision.get("champion"),
         win_rate=judged.win_rate,

@@ -1,7 +1,8 @@
 """The judge behind Table 4's judged metrics: one interface to the embedded rules, an endpoint, or a model in process.
 
 A judgement has a name made of everything it depends on, so it is asked for once and remembered. What a judge did not
-answer in time and in form is missing, with a reason; it is never guessed.
+answer in time and in form is missing, with a reason; it is never guessed. Where too much is missing because the judge
+was not there, the stage stops, so that a later try asks for the rest.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from flywheel_tasks.core.config import Operational, StageConfig
+from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.evaluation import rubric
 from flywheel_tasks.evaluation.rubric import Item, Message, Verdicts
 from flywheel_tasks.style.features import Exchange, measure
 
 Kind = Literal["rules", "http", "vllm"]
-RULED = ("cooperative_ratio", "false_refusal")
-"""What the embedded rules can tell: whether a response declines. The rest needs a judge model."""
+_OF_THE_RESPONSE = frozenset(
+    ("empty_response", "too_long", "cut_off", "empty_answer", "prose", "wrong_fields", "wrong_value")
+)
+"""Why a judge that is there gives no judgement: to ask again would give none again."""
+_REFUSED = frozenset(("http_400", "http_413", "http_422"))
+"""What an endpoint says to a request that is too long for its model; to every request, where it can't do as asked."""
 
 
 class JudgeConfig(StageConfig):
@@ -78,11 +84,16 @@ Backend = Callable[[Sequence[list[Message]], JudgeConfig], Iterator[Answer]]
 
 
 class Judged(NamedTuple):
-    """One verdict, or None, for every item; why those are missing; and the judgements by name."""
+    """For every item its verdict, or None and the reason; and the judgements by name."""
 
     verdicts: list[Verdicts | None]
-    missing: Counter[str]
+    reasons: list[str | None]
     judgements: dict[str, dict[str, str]]
+
+    @property
+    def missing(self) -> Counter[str]:
+        """How many verdicts are missing, by reason."""
+        return Counter(reason for reason in self.reasons if reason)
 
 
 def judge(
@@ -99,15 +110,15 @@ def judge(
     """
     if config.kind == "rules":
         ruled = by_rules([item.response for item in items])
-        empty = sum(verdict is None for verdict in ruled)
-        return Judged(ruled, Counter({"empty_response": empty} if empty else {}), {})
+        return Judged(ruled, [None if verdict else "empty_response" for verdict in ruled], {})
+    weights = _weights(config)
     names: list[str] = []
     asked: dict[str, list[Message]] = {}
     missing: dict[str, str] = {}
     for number, item in enumerate(items):
         try:
             messages = rubric.messages(item, config.context_turns, config.most_characters)
-            name = judgement_name(messages, config)
+            name = judgement_name(messages, config, weights)
             asked.setdefault(name, messages)
         except ValueError as error:
             name = f"unasked-{number}"
@@ -133,16 +144,33 @@ def judge(
         remember(new)
     found |= new
     verdicts = [rubric.verdicts(found[name]) if name in found else None for name in names]
-    reasons = Counter(missing.get(name, "unanswered") for name in names if name not in found)
+    reasons = [None if name in found else missing.get(name, "unanswered") for name in names]
     return Judged(verdicts, reasons, found)
 
 
 _REMEMBER = 256
 
 
-def judgement_name(messages: Iterable[Message], config: JudgeConfig) -> str:
-    """A digest of all that a judgement depends on: the judge, its rubric, and what it is shown."""
-    whole = {"judge": [config.kind, config.url, config.model, config.max_tokens], "rubric": rubric.digest()}
+def refuse_outage(judged: Judged, rows: Sequence[int], what: str, config: JudgeConfig) -> None:
+    """Stop where the judge was not there for all of these rows (`what` they are), or for more than may be missing.
+
+    A stage that stops is tried again, and asks only for what is left; what it commits with a hole stays so.
+    """
+    known = _OF_THE_RESPONSE | _REFUSED if any(judged.verdicts) else _OF_THE_RESPONSE
+    lost = Counter(reason for row in rows if (reason := judged.reasons[row]) and reason not in known)
+    if lost and (lost.total() == len(rows) or lost.total() > config.most_missing * len(rows)):
+        why = ", ".join(f"{reason} {count}" for reason, count in lost.most_common())
+        raise FlywheelError(
+            f"metrics: the judge {config.name()} gave no answer for {lost.total()} of {len(rows)} {what} ({why}): see "
+            "that it runs, or give it more time (metrics.judge.deadline_s, request_timeout_s, retries), and run again; "
+            "what it answered is kept"
+        )
+
+
+def judgement_name(messages: Iterable[Message], config: JudgeConfig, weights: str = "") -> str:
+    """A digest of all that a judgement depends on: the judge, its rubric, and what it is shown. A judge in this process
+    is its weights, wherever they lie; of an endpoint only its address and the model's name are known."""
+    whole = {"judge": [config.kind, config.url, weights or config.model, config.max_tokens], "rubric": rubric.digest()}
     body = json.dumps(whole | {"messages": list(messages)}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -158,6 +186,15 @@ def by_rules(responses: Sequence[str]) -> list[Verdicts | None]:
         None if empty else {"false_refusal": bool(declines), "cooperative_ratio": not declines}
         for declines, empty in zip(found["templated_refusal"], found["empty"], strict=True)
     ]
+
+
+def _weights(config: JudgeConfig) -> str:
+    if config.kind != "vllm":
+        return ""
+    from flywheel_tasks.evaluation.weights import digest
+    from flywheel_tasks.models.resolve import local_folder
+
+    return digest(local_folder(config.model or ""))
 
 
 def _refuse(reason: str) -> dict[str, str]:

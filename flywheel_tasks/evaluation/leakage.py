@@ -43,18 +43,21 @@ def seen(
     conversation_of: Mapping[str, str],
     conversations: Iterable[Sequence[Mapping[str, Any]]] = (),
 ) -> Seen:
-    """What training tables hold (columns prompt_id, turns or messages, whichever each has), and further conversations
-    that have no ids."""
+    """What training tables hold (of the columns prompt_id, conversation_id, turns and messages those that each has),
+    and further conversations that have no ids."""
     prompts: set[str] = set()
+    known: set[str] = set()
     texts = {text for turns in conversations for text in prefixes(turns)}
     for table in tables:
         names = set(table.schema.names)
         if "prompt_id" in names:
             prompts.update(table["prompt_id"].to_pylist())
+        if "conversation_id" in names:
+            known.update(table["conversation_id"].to_pylist())
         for column in names & {"turns", "messages"}:
             for turns in table[column].to_pylist():
                 texts.update(prefixes(turns))
-    known = {conversation_of[prompt] for prompt in prompts if prompt in conversation_of}
+    known |= {conversation_of[prompt] for prompt in prompts if prompt in conversation_of}
     return Seen(frozenset(prompts), frozenset(known), frozenset(texts))
 
 

@@ -47,6 +47,7 @@ def run(inputs: Inputs, config: MetricsConfig, out: Output) -> None:
     interval and the number of responses it rests on; how far the judge agrees with people; and which style features
     moved between candidate and champion and from one training stage to the next."""
     from flywheel_tasks.evaluation import table4
+    from flywheel_tasks.evaluation.judge import refuse_outage
 
     everything = inputs["responses"].read()
     rejected, answered = _split(everything, inputs.forgotten)
@@ -61,6 +62,9 @@ def run(inputs: Inputs, config: MetricsConfig, out: Output) -> None:
         rows = np.flatnonzero(by_policy == policy)
         failed = int(pc.sum(pc.equal(rejected["policy"], policy)).as_py() or 0)
         responses = _responses(answered.take(pa.array(rows)), source_of, config.language, failed)
+        for name in np.unique(responses.prompt_set):
+            these = rows[responses.prompt_set == name].tolist()
+            refuse_outage(judged, these, f"responses of the {policy} to {name or 'other'} prompts", config.judge)
         columns = table4.rule_columns(responses)
         columns |= table4.judge_columns([judged.verdicts[row] for row in rows], _judged_names(judged))
         report[policy] = table4.values(responses, columns, belief, out.seed)
@@ -113,7 +117,7 @@ def _judge(
     """Every response judged once, and the same judge on people's labels."""
     from flywheel_tasks.core.storage import open_external
     from flywheel_tasks.evaluation import agreement
-    from flywheel_tasks.evaluation.judge import judge
+    from flywheel_tasks.evaluation.judge import judge, refuse_outage
 
     labelled: list[agreement.LabelledItem] = []
     for source in inputs.sources.get("labelled", ()):
@@ -127,6 +131,7 @@ def _judge(
         everything, config.judge, known, _remember(out), progress=lambda n, of: out.progress(n, of, "judged")
     )
     on_labels = judged._replace(verdicts=judged.verdicts[len(items) :])
+    refuse_outage(judged, range(len(items), len(everything)), "responses that people labelled", config.judge)
     found = agreement.measured(labelled, on_labels, out.seed) if labelled else {}
     if config.judge.kind == "rules":
         found = agreement.embedded() | found

@@ -20,13 +20,12 @@ from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.quarantine import of_others, quarantined, without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.evaluation.versus import CANDIDATE, CHAMPION, SETS
-from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.engine_config import EngineConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from flywheel_tasks.models.chat import Card
 
 INTERMEDIATE = ("sft",)
-TRAINING = ("preferences", "rewrites", "sampled", "sampled_examples")
 
 
 class RespondConfig(StageConfig):
@@ -35,7 +34,7 @@ class RespondConfig(StageConfig):
     most_prompts: int = Field(
         1000, ge=1, description="prompts of each set (internal, user) that are answered, chosen by a hash of their id"
     )
-    sampling: Sampling = Field(Sampling(), description="how responses are drawn")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how responses are drawn")
     engine: EngineConfig = Field(EngineConfig(), description="how the policies are run")
     least_characters: int = Field(
         40, ge=1, description="a prompt of fewer characters may occur in training by chance: only its ids are compared"
@@ -122,63 +121,38 @@ def _chosen(prompts: pa.Table, most: int) -> pa.Table:
 
 
 def _unseen(inputs: Inputs, prompts: pa.Table, config: RespondConfig) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
-    """The prompts that nothing of what this cycle trained on holds, the quarantine of those left out, and the report;
-    what leaked by its id, and too much of any, is refused."""
+    """The prompts that nothing holds of what the policies were trained on, the quarantine of those left out, and the
+    report; what leaked by its id, and too much of any, is refused."""
     from flywheel_tasks.evaluation import leakage
+    from flywheel_tasks.evaluation.trained_on import trained_on
 
-    known = inputs["prompts"].read(["prompt_id", "conversation_id", "split", "turns"])
-    trained = known.filter(pc.equal(known["split"], "train"))
+    known = inputs["prompts"].read(["prompt_id", "conversation_id"])
     conversation_of = dict(zip(known["prompt_id"].to_pylist(), known["conversation_id"].to_pylist(), strict=True))
-    tables = [trained, *(table for name in TRAINING if (table := _training(inputs, name)) is not None)]
-    files = [
-        source
-        for name in (*INTERMEDIATE, CANDIDATE)
-        if inputs.maybe(name)
-        for source in inputs.artifact(name)[0].manifest.sources
-    ]
-    conversations = (turns for file in files for turns in leakage.delivered(file))
-    found = leakage.overlap(prompts, leakage.seen(tables, conversation_of, conversations), config.least_characters)
+    learnt = trained_on(inputs.artifact(name)[0] for name in (CANDIDATE, *INTERMEDIATE) if inputs.maybe(name))
+    conversations = (turns for file in learnt.files for turns in leakage.delivered(file))
+    seen = leakage.seen(learnt.read(), conversation_of, conversations)
+    found = leakage.overlap(prompts, seen, config.least_characters)
     leakage.refuse(found, config.most_leaked)
     theirs = pc.is_in(prompts["prompt_id"], pa.array(sorted(found.leaked), pa.string()))
     left_out, kept = prompts.filter(theirs).select(["prompt_id"]), prompts.filter(pc.invert(theirs)).combine_chunks()
-    compared = [*(name for name in TRAINING if inputs.get(name)), *sorted({file.name for file in files})]
     report = {
-        "prompts": kept.num_rows, "leaked": 0, "left_out": left_out["prompt_id"].to_pylist(), "compared_with": compared,
+        "prompts": kept.num_rows, "leaked": 0, "left_out": left_out["prompt_id"].to_pylist(),
+        "compared_with": [*sorted(learnt.tables), *sorted({file.name for file in learnt.files})],
     }  # fmt: skip
     return kept, quarantined(left_out, "prompt_id", "text_in_training"), report
 
 
-def _training(inputs: Inputs, name: str) -> pa.Table | None:
-    """The rows of an input that a model learns from. Preferences may hold out some for the reward model's accuracy;
-    of the other inputs every row is used, whatever it says of itself."""
-    reader = inputs.get(name)
-    if reader is None:
-        return None
-    columns = [c for c in ("prompt_id", "turns", "messages", "split") if c in reader.schema.names]
-    table = reader.read(columns)
-    return table.filter(pc.equal(table["split"], "train")) if name == "preferences" else table
-
-
 def _policies(inputs: Inputs, config: RespondConfig) -> Iterator[_Policy]:
+    from flywheel_tasks.evaluation.weights import digest
     from flywheel_tasks.models.resolve import artifact_folder, local_folder
 
     for name in (CANDIDATE, *(INTERMEDIATE if config.intermediate else ())):
         if name == CANDIDATE or inputs.maybe(name):
             artifact, output = inputs.artifact(name)
             folder = artifact_folder(artifact, output)
-            yield _Policy(name, folder, f"{artifact.manifest.stage}/{artifact.manifest.key}", _digest(folder))
+            yield _Policy(name, folder, f"{artifact.manifest.stage}/{artifact.manifest.key}", digest(folder))
     folder = local_folder(config.champion.path)
-    yield _Policy(CHAMPION, folder, config.champion.path, _digest(folder))
-
-
-def _digest(folder: Path) -> str:
-    """One digest over the files of a model folder."""
-    whole = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{digest}\n".encode())
-    return whole.hexdigest()
+    yield _Policy(CHAMPION, folder, config.champion.path, digest(folder))
 
 
 def _keys(
@@ -278,10 +252,6 @@ STAGE = Stage(
         "characters": Input("ingest", "characters"),
         "candidate": Input("rl", "model"),
         "sft": Input("sft", "model", optional=True),
-        "preferences": Input("annotate-import", "preferences", optional=True),
-        "rewrites": Input("annotate-import", "examples", optional=True),
-        "sampled": Input("rejection-sample", "completions", optional=True),
-        "sampled_examples": Input("rejection-sample", "examples", optional=True),
         "earlier": Input("respond", "responses", optional=True, previous=True),
         "earlier_contents": Input("respond", "contents", optional=True, previous=True),
     },

@@ -79,7 +79,8 @@ def messages(item: Item, context_turns: int, most_characters: int) -> list[Messa
         name: {"question": question.ask, "answers": dict(question.values)}
         for name, question in rubric.questions.items()
     }
-    turns = [{"role": role, "content": content} for role, content in item.turns[-context_turns:]]
+    shown = item.turns[-context_turns:] if context_turns else ()
+    turns = [{"role": role, "content": content} for role, content in shown]
     while True:
         material = {"card": item.card, "turns": turns, "response": item.response}
         body = json.dumps({"questions": asked, "material": material}, ensure_ascii=False)

@@ -27,8 +27,7 @@ def minimum_detectable_lift(
     mean: float, sd: float, n_test: float, n_control: float, alpha: float = 0.05, wanted: float = 0.8
 ) -> float:
     """The smallest relative lift that is declared with the wanted power."""
-    if not alpha < wanted < 1:
-        raise ValueError(f"power must lie between alpha and 1, not {wanted}")
+    _attainable(wanted, alpha)
     if sd == 0:
         return 0.0
     low, high = 0.0, 1e-6
@@ -44,6 +43,7 @@ def units_per_arm(lift: float, mean: float, sd: float, alpha: float = 0.05, want
     """Units in each of two equal arms for a relative lift."""
     if lift == 0:
         raise ValueError("no number of units shows a lift of zero")
+    _attainable(wanted, alpha)
     low, high = 2, 2
     while power(lift, mean, sd, high, high, alpha) < wanted:
         low, high = high, high * 2
@@ -51,3 +51,9 @@ def units_per_arm(lift: float, mean: float, sd: float, alpha: float = 0.05, want
         middle = (low + high) // 2
         low, high = (middle + 1, high) if power(lift, mean, sd, middle, middle, alpha) < wanted else (low, middle)
     return high
+
+
+def _attainable(wanted: float, alpha: float) -> None:
+    """A power of 1 or above is not reached with any number of units, and one of alpha or below with none at all."""
+    if not alpha < wanted < 1:
+        raise ValueError(f"power must lie between alpha and 1, not {wanted}")

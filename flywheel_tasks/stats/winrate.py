@@ -18,6 +18,8 @@ Interval = tuple[float, float]
 
 _CELLS = 1 << 22
 """Draws × clusters held at once: 32 MiB of float64."""
+_FEW = 10
+"""Below so many clusters resampling them says too little: of two it has three means to give."""
 
 
 class WinRate(NamedTuple):
@@ -54,24 +56,10 @@ def outcomes(candidate: ArrayLike, champion: ArrayLike, lost: NDArray[np.bool_],
     return found
 
 
-def both_orders(candidate_first: ArrayLike, candidate_second: ArrayLike) -> Floats:
-    """P(candidate is preferred), averaged over the two orders in which a pairwise model can be shown the responses.
-
-    Both arguments are probabilities that the candidate wins. A model with a taste for the first place alone gives 1/2.
-    """
-    first, second = _finite(candidate_first, "first order"), _finite(candidate_second, "second order")
-    if first.shape != second.shape:
-        raise ValueError(f"{first.size} probabilities in one order, {second.size} in the other")
-    for p in (first, second):
-        if p.size and (p.min() < 0 or p.max() > 1):
-            raise ValueError("a probability lies outside [0, 1]")
-    return (first + second) / 2
-
-
 def win_rate(
     outcomes: ArrayLike, clusters: Sequence[Any], *, alpha: float = 0.05, draws: int = 2000, seed: int = 0
 ) -> WinRate:
-    """The mean outcome (1, 1/2 or 0 each) and its cluster-bootstrap interval."""
+    """The mean outcome (1, 1/2 or 0 each) and its interval by clusters."""
     y = _finite(outcomes, "outcomes")
     if y.size == 0:
         raise ValueError("no comparison: a win-rate of nothing is not a number")
@@ -91,12 +79,14 @@ def cluster_bootstrap(
     """Interval of the mean of values in [0, 1], from resampled clusters.
 
     Percentiles are widened as Hesterberg (2015) does, to what Student's t asks of this number of clusters: plain ones
-    cover too rarely below some fifty. Where no resample can differ (one cluster, or clusters that all agree) a
-    bootstrap would claim certainty; Wilson's interval over the number of clusters stands in.
+    cover too rarely below some fifty. No percentile lies beyond the clusters' own means, so of few clusters it is
+    Student's t with the jackknife's error instead. Where clusters all agree either would claim certainty; Wilson's
+    interval over the number of clusters stands in. One cluster says nothing of others: [0, 1].
     """
     y = _finite(values, "values")
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    sums, sizes = np.bincount(index, weights=y), np.bincount(index).astype(np.float64)
+    sums = np.bincount(index, weights=y).astype(np.float64)
+    sizes = np.bincount(index).astype(np.float64)
     count = sizes.size
     if count < 2:
         return 0.0, 1.0
@@ -104,7 +94,10 @@ def cluster_bootstrap(
         return wilson(float(y.mean()), count, alpha)
     from scipy.stats import t
 
-    tail = NormalDist().cdf(math.sqrt(count / (count - 1)) * float(t.ppf(alpha / 2, count - 1)))
+    quantile = float(t.ppf(alpha / 2, count - 1))
+    if count < _FEW:
+        return _jackknife(sums, sizes, -quantile)
+    tail = NormalDist().cdf(math.sqrt(count / (count - 1)) * quantile)
     rng = np.random.default_rng(seed)
     means = np.empty(draws)
     step = max(1, _CELLS // count)
@@ -113,6 +106,15 @@ def cluster_bootstrap(
         means[start : start + step] = (weights @ sums) / (weights @ sizes)
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _jackknife(sums: Floats, sizes: Floats, quantile: float) -> Interval:
+    """The mean and as many of its standard errors on both sides, from the means without each cluster in turn, which
+    hold where one cluster is far larger than the others."""
+    count, mean = sizes.size, float(sums.sum() / sizes.sum())
+    without = (sums.sum() - sums) / (sizes.sum() - sizes)
+    half = quantile * math.sqrt((count - 1) / count * float(np.square(without - mean).sum()))
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def wilson(rate: float, n: int, alpha: float = 0.05) -> Interval:

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 
 from flywheel_tasks.style.words import BoolArray, matches
 
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 _KISS = re.compile(r"[:;=]-?$")
 _CANDIDATE = r"[*_`]|~~~"
 _BEFORE = r"(?m)(^|[ \t(\"“])"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def test_evidence_may_come_through_a_pipe() -> None:
         (["--evidence", "-", "--profile", "tset"], "legal profiles are test, demo, cluster"),
         (["--evidence", "-", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["--backtest", "nowhere.csv"], "cannot be read"),
+        (["--backtest", "nowhere.csv", "--evidence", "-"], "not both"),
+        (["--evidence", "-", "--page", "nowhere/page.html"], "there is no folder"),
     ],
 )
 def test_bad_input_is_exit_2_and_one_line(arguments: list[str], said: str) -> None:
@@ -117,8 +120,30 @@ def test_the_back_test_of_the_papers_history(data_dir: Path, tmp_path: Path) -> 
     verdicts = {v["version"]: v["decision"] for v in plain["versions"]}
     assert [v for v, d in verdicts.items() if d == "BLOCK"] == ["V12"]
     assert [v for v, d in verdicts.items() if d == "HOLD"] == ["V10", "V11", "V14"]
-    table = invoke("--backtest", data_dir / "paper/table10.csv")
-    assert "each rule alone" in table.stdout
+    every = {v["version"]: v["decision_by_all_rules"] for v in plain["versions"]}
+    assert (every["V5"], every["V12"], every["V13"]) == ("BLOCK", "BLOCK", "HOLD")
+    table = invoke("--backtest", data_dir / "paper/table10.csv").stdout
+    assert "each rule alone" in table
+    assert "on win-rates" in table
+    assert all(len(line) <= 80 for line in table.splitlines())
+    row = next(line.split() for line in table.splitlines() if line.startswith("V5 "))
+    assert row[3:6] == ["PASS", "BLOCK", "steerability"]
     (tmp_path / "bad.csv").write_text("version,rm_pointwise_internal_win_pct,rm_pointwise_user_win_pct\nV1,abc,\n")
     broken = invoke("--backtest", tmp_path / "bad.csv")
     assert (broken.exit_code, "bad.csv:2" in broken.stderr) == (2, True)
+    (tmp_path / "bad.csv").write_text("version,breadth_lift_pct,breadth_ci_minus,breadth_ci_plus\nV1,0.4,abc,1\n")
+    assert "breadth_ci_minus 'abc' is not a number" in invoke("--backtest", tmp_path / "bad.csv").stderr
+
+
+def test_the_documents_of_the_help_work_as_printed() -> None:
+    lines = [line.strip() for line in invoke("--help").stdout.splitlines()]
+    at = next(number for number, line in enumerate(lines) if line.endswith("<<END"))
+    arguments = shlex.split(lines[at].removesuffix("<<END"))[2:]
+    found = invoke(*arguments, stdin=lines[at + 1])
+    assert (lines[at + 2], found.exit_code) == ("END", 0), found.output
+
+
+def test_the_page_gives_a_value_in_the_unit_of_its_threshold(tmp_path: Path) -> None:
+    page = tmp_path / "gate.html"
+    invoke("--evidence", document(tmp_path, {"rm_win_rate": {"pointwise_user": rate(0.66)}}), "--page", page)
+    assert '<td class="num">66.0 %</td><td>HOLD &gt;= 65.0 %' in page.read_text()

@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
+from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.evaluation import agreement, rubric
-from flywheel_tasks.evaluation.judge import Answer, JudgeConfig, judge, judgement_name
+from flywheel_tasks.evaluation.judge import Answer, JudgeConfig, Judged, judge, judgement_name, refuse_outage
 from flywheel_tasks.evaluation.rubric import Item
 from tests.evaluation.judge_endpoint import PERFECT, Endpoint, serving
 
@@ -91,6 +92,59 @@ def test_another_rubric_judge_or_context_is_another_judgement() -> None:
         judgement_name(sent, config("http://a/v1", retries=5, parallel=3, deadline_s=9)),
     }
     assert len(names) == 4
+
+
+def test_other_weights_at_the_same_path_judge_anew_and_the_same_weights_elsewhere_do_not(tmp_path: Path) -> None:
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("first week")
+
+    def saying(refusal: str) -> Any:
+        def ask(requests: Sequence[list[rubric.Message]], config: JudgeConfig) -> Iterator[Answer]:
+            yield from (Answer(n, json.dumps(PERFECT | {"refusal": refusal}), None) for n in range(len(requests)))
+
+        return ask
+
+    told = JudgeConfig(kind="vllm", model=str(folder))
+    first = judge([ITEM], told, backend=saying("none"))
+    moved = folder.rename(tmp_path / "moved")
+    again = judge([ITEM], JudgeConfig(kind="vllm", model=str(moved)), known=first.judgements, backend=never)
+    assert again.verdicts == first.verdicts
+    moved.rename(folder)
+    (folder / "model.safetensors").write_text("second week")
+    later = judge([ITEM], told, known=first.judgements, backend=saying("unnecessary"))
+    assert [row and row["false_refusal"] for row in (*first.verdicts, *later.verdicts)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "stops"),
+    [
+        (["unreachable"] * 100, True),
+        (["http_401"] * 100, True),
+        (["http_400"] * 100, True),
+        (["prose"] * 100, False),
+        ([None] * 90 + ["too_long"] * 10, False),
+        ([None] * 90 + ["http_400"] * 10, False),
+        ([None] * 90 + ["deadline"] * 10, True),
+        ([None] * 96 + ["timeout"] * 4, False),
+        ([], False),
+    ],
+    ids=lambda value: str(value[-1:]) if isinstance(value, list) else str(value),
+)
+def test_only_a_judge_that_was_not_there_stops_the_stage(reasons: list[str | None], stops: bool) -> None:
+    judged = Judged([{"false_refusal": False} if reason is None else None for reason in reasons], reasons, {})
+    rows = range(len(reasons))
+    for most, expected in ((0.05, stops), (1.0, stops and None not in reasons)):
+        told = config("http://judge/v1", most_missing=most)
+        with pytest.raises(FlywheelError, match=r"http:m .* gave no answer for") if expected else nullcontext():
+            refuse_outage(judged, rows, "responses", told)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 3, 9])
+def test_the_judge_sees_as_many_turns_as_it_is_told(turns: int) -> None:
+    body = json.loads(rubric.messages(ITEM, turns, 24_000)[1]["content"])["material"]
+    assert [turn["content"] for turn in body["turns"]] == ["hi", "hello", "how are you?"][max(3 - turns, 0) :]
 
 
 @pytest.mark.parametrize(

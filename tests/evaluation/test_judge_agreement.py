@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,18 @@ def test_labels_are_put_to_the_same_judge_and_what_it_left_out_is_counted() -> N
         found = measured(labelled, judge([one.item for one in labelled], config))
     assert found["false_refusal"].kappa == 1
     assert (found["false_refusal"].n, found["false_refusal"].missing) == (5, 1)
+
+
+def test_answers_of_one_group_stay_together_with_turns_or_without() -> None:
+    def groups(**more: Any) -> list[str]:
+        rows = [{"metric": "false_refusal", "response": f"r{n}", "label": True} | more for n in range(3)]
+        return [one.group for one in read_labelled(map(json.dumps, rows), "labels.jsonl")]
+
+    turns = [{"role": "user", "content": "hi"}]
+    assert groups(group="one prompt") == groups(group="one prompt", turns=turns) == ["one prompt"] * 3
+    assert groups(group=0) == ["0"] * 3
+    assert groups(turns=turns) == ["hi"] * 3
+    assert groups() == ["r0", "r1", "r2"]
 
 
 @pytest.mark.parametrize(

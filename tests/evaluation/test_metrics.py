@@ -12,6 +12,7 @@ import pytest
 
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import StageConfig
+from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.manifest import SourceRecord
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.stage import Inputs
@@ -115,11 +116,11 @@ class World:
 
         given: dict[str, tuple[Artifact, str] | None] = {
             "responses": (
-                commit(self.store, "respond", {"responses": "completion"}, fill_responses, f"{self.runs:032x}"),
+                self.once("respond", {"responses": "completion"}, fill_responses, f"{self.runs:032x}"),
                 "responses",
             ),
             "prompts": (
-                commit(self.store, "constrain", {"prompts": "prompt"}, fill_prompts, f"{self.runs + 500:032x}"),
+                self.once("constrain", {"prompts": "prompt"}, fill_prompts, f"{self.runs + 500:032x}"),
                 "prompts",
             ),
             "earlier": (earlier, "judgements") if earlier else None,
@@ -133,6 +134,9 @@ class World:
             lambda out: metrics.run(inputs, config or MetricsConfig(), out),
             f"{self.runs + 900:032x}",
         )
+
+    def once(self, stage: str, contracts: dict[str, str], fill: Any, key: str) -> Artifact:
+        return self.store.find(stage, key) or commit(self.store, stage, contracts, fill, key)
 
 
 @pytest.fixture
@@ -265,12 +269,26 @@ def test_a_response_is_judged_once_across_policies_and_cycles(world: World) -> N
     assert not any(text in kept for _, asked, text, _ in ROWS for text in (asked, text))
 
 
-def test_an_endpoint_that_is_down_leaves_holes_not_zeros(world: World) -> None:
-    report = world.run(responses("candidate"), judged("http://127.0.0.1:9/v1", deadline_s=5)).json("metrics")
+def test_an_endpoint_that_is_down_commits_nothing_and_the_next_try_asks_for_the_rest(world: World) -> None:
+    rows = [*responses("candidate"), *responses("champion")]
+    endpoint = Endpoint(*[PERFECT] * 7, 503)
+    with serving(endpoint):
+        with pytest.raises(FlywheelError, match=r"http:m .* gave no answer for 3 of 6 responses of the candidate"):
+            world.run(rows, judged(endpoint.url))
+        endpoint.script, asked = [PERFECT], len(endpoint.seen)
+        world.runs -= 1  # the scheduler tries the same work again
+        made = world.run(rows, judged(endpoint.url))
+    assert len(endpoint.seen) - asked == 3
+    assert made.json("metrics")["judge"]["missing"] == {}
+
+
+def test_a_few_answers_that_did_not_come_are_holes_not_zeros(world: World) -> None:
+    endpoint = Endpoint(*[PERFECT] * 9, 503)
+    with serving(endpoint):
+        report = world.run(responses("candidate"), judged(endpoint.url, most_missing=0.2)).json("metrics")
     body = report["policies"]["candidate"]["false_refusal_user"]
-    assert (body["value"], body["n"]) == (None, 0)
-    assert report["policies"]["candidate"]["contains_list"]["value"] == 0.25
-    assert sum(report["judge"]["missing"].values()) == len(ROWS)
+    assert (body["value"], body["n"], body["missing"]) == (0, 5, 1)
+    assert report["judge"]["missing"] == {"http_503": 1}
 
 
 def test_rows_are_accounted_for_and_every_score_is_kept(world: World) -> None:

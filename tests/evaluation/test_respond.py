@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.errors import InputError
-from flywheel_tasks.core.manifest import SourceRecord
+from flywheel_tasks.core.manifest import InputRecord, SourceRecord
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.stage import Inputs
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.evaluation import leakage, respond
 from flywheel_tasks.evaluation.respond import RespondConfig, _chosen
+from flywheel_tasks.evaluation.weights import digest
 from flywheel_tasks.models.chat import Card
 from flywheel_tasks.models.engine_config import EngineConfig, Sampling
 from tests.curation.curation_runs import commit, prompts
@@ -152,16 +153,34 @@ class World:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.store, self.model, self.runs = Store(f"file://{folder}/store"), model, 0
-        self.made: dict[str, Artifact] = {}
 
-    def checkpoint(self, stage: str) -> tuple[Artifact, str]:
+    def checkpoint(
+        self,
+        stage: str,
+        made_from: dict[str, tuple[Artifact, str]] | None = None,
+        sources: tuple[SourceRecord, ...] = (),
+        base: str = "package:other",
+    ) -> tuple[Artifact, str]:
+        """A model whose manifest says what it was made from."""
+
         def fill(out: Output) -> None:
             for path in self.model.iterdir():
                 (out.folder("model") / path.name).write_bytes(path.read_bytes())
 
-        if stage not in self.made:
-            self.made[stage] = commit(self.store, stage, {"model": "checkpoint"}, fill, f"{len(stage):032x}")
-        return self.made[stage], "model"
+        self.runs += 1
+        made = commit(self.store, stage, {"model": "checkpoint"}, fill, f"{self.runs + 300:032x}")
+        records = {
+            name: InputRecord(stage=artifact.manifest.stage, key=artifact.manifest.key, output=output)
+            for name, (artifact, output) in (made_from or {}).items()
+        }
+        more = {"inputs": records, "sources": sources, "config": {"base": {"path": base}}}
+        manifest = made.manifest.model_copy(update=more)
+        made.storage.put(manifest.path, manifest.to_bytes())
+        return Artifact(made.storage, manifest), "model"
+
+    def curated(self, rows: list[dict[str, Any]]) -> tuple[Artifact, str]:
+        whole = [row | {"character_id": "char-0"} for row in prompts(rows).to_pylist()]
+        return self.table("constrain", "prompts", "prompt", whole)
 
     def table(self, stage: str, output: str, contract: str, rows: list[dict[str, Any]]) -> tuple[Artifact, str]:
         self.runs += 1
@@ -173,15 +192,14 @@ class World:
 
         return commit(self.store, stage, {output: contract}, fill, f"{self.runs + 100:032x}"), output
 
-    def inputs(self, extra: dict[str, tuple[Artifact, str]] | None = None, rows: int = 6) -> Inputs:
-        table = prompts([*held_out(rows), *training()]).to_pylist()
+    def inputs(self, extra: dict[str, tuple[Artifact, str]] | None = None, rows: int = 6, **learnt: Any) -> Inputs:
+        """The inputs of `respond`; the candidate is of this cycle, and was made from its prompts and `learnt`."""
+        curated = self.curated([*held_out(rows), *training()])
         given: dict[str, tuple[Artifact, str] | None] = dict.fromkeys(respond.STAGE.inputs)
         given |= {
-            "prompts": self.table(
-                "constrain", "prompts", "prompt", [row | {"character_id": "char-0"} for row in table]
-            ),
+            "prompts": curated,
             "characters": self.table("ingest", "characters", "character", [CHARACTER]),
-            "candidate": self.checkpoint("rl"),
+            "candidate": self.checkpoint("rl", {"prompts": curated, **learnt}),
         }
         return Inputs(given | (extra or {}), {})
 
@@ -204,27 +222,62 @@ def example(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def preference(number: int, split: str) -> dict[str, Any]:
+    row = dict.fromkeys(schemas.PREFERENCE.names, "") | {"turns": [turn("user", f"{STORY}, chapter {number}")]}
+    return row | {"preference_id": f"r{number}", "split": split, "n_reviews": 1, "conflict": False}
+
+
+def refused(world: World, tiny_model: Path, inputs: Inputs, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        world.run(inputs, RespondConfig(champion=ModelConfig(path=str(tiny_model))))
+
+
 def test_the_stage_stops_before_any_engine_starts_when_a_prompt_leaked(world: World, tiny_model: Path) -> None:
-    sampled = world.table("rejection-sample", "examples", "example", [example(2), example(5)])
-    config = RespondConfig(champion=ModelConfig(path=str(tiny_model)))
-    with pytest.raises(InputError, match=r"2 of 6 evaluation prompts occur in training data: e2 \(text\), e5 \(text\)"):
-        world.run(world.inputs({"sampled_examples": sampled}), config)
+    sft = world.checkpoint("sft", {"sampled": world.table("rejection-sample", "examples", "example", [example(2)])})
+    taught = world.table(
+        "annotate-import", "preferences", "preference", [preference(5, "train"), preference(4, "eval")]
+    )
+    dpo = world.checkpoint("dpo", {"policy": sft, "preferences": taught})
+    said = r"2 of 6 evaluation prompts occur in training data: e2 \(text\), e5 \(text\)"
+    refused(world, tiny_model, world.inputs(policy=dpo), said)
 
 
-def test_files_that_sft_was_given_are_compared_too(world: World, tiny_model: Path, tmp_path: Path) -> None:
+def test_what_led_the_candidate_was_training_too(world: World, tiny_model: Path) -> None:
+    """A reward model saw the prompt, or the policy of an earlier cycle from which this one went on."""
+    taught = world.table("annotate-import", "preferences", "preference", [preference(1, "train")])
+    reward = world.checkpoint("preference-pointwise", {"preferences": taught})
+    refused(world, tiny_model, world.inputs(reward=reward), r"1 of 6 .* e1 \(text\)")
+    sampled = world.table("rejection-sample", "examples", "example", [example(3)])
+    champion, _ = world.checkpoint("rl", {"policy": world.checkpoint("sft", {"sampled": sampled})})
+    sft = world.checkpoint("sft", base=f"{world.store.uri}/{champion.manifest.folder}/model")
+    refused(world, tiny_model, world.inputs(policy=sft), r"1 of 6 .* e3 \(text\)")
+
+
+def test_a_candidate_of_another_cycle_is_held_against_what_it_learned_itself(world: World, tiny_model: Path) -> None:
+    theirs = world.curated([{"prompt_id": "old", "conversation_id": "ce2", "split": "train"}])
+    other = {"candidate": world.checkpoint("rl", {"prompts": theirs})}
+    refused(world, tiny_model, world.inputs(other), r"1 of 6 .* e2 \(conversation\)")
+
+
+def test_a_candidate_that_names_no_training_data_proves_nothing(world: World, tiny_model: Path) -> None:
+    refused(world, tiny_model, world.inputs({"candidate": world.checkpoint("rl")}), "names no training data")
+
+
+@pytest.mark.parametrize("trained", ["sft", "dpo"])
+def test_files_that_a_stage_was_given_are_compared_too(
+    world: World, tiny_model: Path, tmp_path: Path, trained: str
+) -> None:
     patch = tmp_path / "patch.jsonl"
     lines = ["not json", json.dumps({"turns": [turn("user", f"{STORY}, chapter 1")], "chosen": "a", "rejected": "b"})]
     patch.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    digest = hashlib.sha256(patch.read_bytes()).hexdigest()
-    record = SourceRecord(name="patch.jsonl", uri=str(patch), bytes=patch.stat().st_size, sha256=digest)
-    made, output = world.checkpoint("sft")
-    sft = Artifact(made.storage, made.manifest.model_copy(update={"sources": (record,)}))
-    config = RespondConfig(champion=ModelConfig(path=str(tiny_model)))
-    with pytest.raises(InputError, match=r"1 of 6 evaluation prompts occur in training data: e1 \(text\)"):
-        world.run(world.inputs({"sft": (sft, output)}), config)
+    sha256 = hashlib.sha256(patch.read_bytes()).hexdigest()
+    record = SourceRecord(name="patch.jsonl", uri=str(patch), bytes=patch.stat().st_size, sha256=sha256)
+    sft = world.checkpoint("sft", sources=(record,) if trained == "sft" else ())
+    dpo = world.checkpoint("dpo", {"policy": sft}, sources=(record,) if trained == "dpo" else ())
+    inputs = world.inputs(policy=dpo)
+    refused(world, tiny_model, inputs, r"1 of 6 evaluation prompts occur in training data: e1 \(text\)")
     patch.write_text("{}")
-    with pytest.raises(InputError, match="is not the file that was trained on any more"):
-        world.run(world.inputs({"sft": (sft, output)}), config)
+    refused(world, tiny_model, inputs, "is not the file that was trained on any more")
 
 
 def earlier_answers() -> respond._Earlier:
@@ -250,10 +303,10 @@ def test_the_prompt_of_who_was_forgotten_in_this_moment_is_counted_and_not_answe
     asked = given["prompts"].read()
     users = [f"user-{n}" for n in range(asked.num_rows)]
     named = asked.set_column(asked.schema.get_field_index("user"), "user", pa.array(users)).to_pylist()
-    prompts_in = world.table("constrain", "prompts", "prompt", named)
+    prompts_in = world.curated(named)
     cards = {"char-0": Card.of(CHARACTER)}
     chosen = _chosen(asked, config.most_prompts)
-    policy = respond._Policy("candidate", tiny_model, "x", respond._digest(tiny_model))
+    policy = respond._Policy("candidate", tiny_model, "x", digest(tiny_model))
     keys = respond._keys(chosen, policy, cards, config, 17)
     rows = [
         dict.fromkeys(schemas.COMPLETION.names)
@@ -272,7 +325,7 @@ def test_the_prompt_of_who_was_forgotten_in_this_moment_is_counted_and_not_answe
     before = commit(world.store, "respond", {"responses": "completion", "contents": "json"}, earlier, "e" * 32)
     extra = {"prompts": prompts_in, "earlier": (before, "responses"), "earlier_contents": (before, "contents")}
     sampled = world.table("rejection-sample", "examples", "example", [example(4)])
-    inputs = world.inputs(extra | {"sampled_examples": sampled})
+    inputs = world.inputs(extra, policy=world.checkpoint("sft", {"sampled": sampled}))
     inputs.forgotten = frozenset({next(row["user"] for row in named if row["prompt_id"] == "e2")})
     made = world.run(inputs, config)
     counted = made.manifest.rows
@@ -339,7 +392,9 @@ def test_both_policies_answer_once_and_the_next_cycle_asks_for_nothing_twice(
     # Equal weights give equal answers, under whatever name they run.
     assert all(text["candidate", f"e{n}", k] == text["champion", f"e{n}", k] for n in range(6) for k in range(2))
     report = first.json("report")
-    assert report["overlap"] == {"prompts": 6, "leaked": 0, "left_out": [], "compared_with": []}
+    (compared,) = report["overlap"].pop("compared_with")
+    assert compared.startswith("constrain/")
+    assert report["overlap"] == {"prompts": 6, "leaked": 0, "left_out": []}
     assert report["prompts"] == {"internal": 3, "user": 3}
     assert report["candidate"].startswith("rl/")
     earlier = {"earlier": (first, "responses"), "earlier_contents": (first, "contents")}

@@ -207,25 +207,45 @@ def test_people_hand_in_what_the_pipeline_cannot_measure(world: World, tmp_path:
     made = world.run(gate=told)
     assert findings(made["gate"].json("decision"), "freshness")["red_team"] == "BLOCK", "a review from the future"
     at = made["rl"].manifest.finished.isoformat()
-    file.write_text(
-        json.dumps(
-            {
-                "red_team": review | {"at": at},
-                "human_win_rate": {"rate": 0.52, "n": 300},
-                "measured_at": {"human_win_rate": at},
-            }
-        )
-    )
+    people = {
+        "candidate": f"rl/{key}",
+        "red_team": review | {"at": at},
+        "human_win_rate": {"rate": 0.52, "n": 300},
+        "measured_at": {"human_win_rate": at},
+    }
+    file.write_text(json.dumps(people))
     decision = world.run("gate", gate=told)["gate"].json("decision")
     assert findings(decision, "red_team") == {"red": "PASS"}
     assert findings(decision, "loss")["human"] == "PASS"
     for wrong, said in (
         ({"rm_win_rate": {"pointwise_user": {"rate": 0.5, "n": 9}}}, "measured by the pipeline"),
-        ({"red_team": {"signed_off": True}}, "Field required"),
+        ({"red_team": {"signed_off": True}}, "is missing"),
+        ({"human_win_rate": {"rate": 0.52, "n": 300}}, "whose 'human_win_rate' is it"),
     ):
         file.write_text(json.dumps(wrong))
         with pytest.raises(InputError, match=said):
             world.run("gate", gate=told)
+
+
+@pytest.mark.parametrize("section", ["safety", "human_win_rate"])
+def test_what_people_measured_of_another_candidate_blocks(world: World, tmp_path: Path, section: str) -> None:
+    """However young and good it is: two candidates may be in the making at once."""
+    made = world.run("rl")["rl"].manifest
+    clean = {"rate": 0.0, "n": 5000}
+    found = {
+        "safety": {"suite": "guard", "unsafe": {"candidate": clean, "champion": clean}},
+        "human_win_rate": {"rate": 0.55, "n": 900},
+    }
+    dated = {section: found[section], "measured_at": {section: made.finished.isoformat()}}
+    file = tmp_path / "people.json"
+    for about, expected in ((f"rl/{'0' * 32}", "BLOCK"), (f"rl/{made.key}", "PASS")):
+        file.write_text(json.dumps(dated | {"candidate": about}))
+        gate = {"require": [section], "evidence": [str(file)], "win_rate_precision": 0.5}
+        decision = world.run(gate=gate)["gate"].json("decision")
+        assert findings(decision, "evidence")[section] == expected
+        assert any(f"is about {about}, the candidate is" in reason for reason in decision["reasons"]) == (
+            expected == "BLOCK"
+        )
 
 
 def test_the_weekly_page_is_made_from_the_store(world: World, tmp_path: Path) -> None:
