@@ -24,8 +24,9 @@ from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.demo_airflow import Airflow, Say
 from flywheel_tasks.pipeline import load_config, weekly
+from flywheel_tasks.release import ledger
 from flywheel_tasks.release.assign import assign
-from flywheel_tasks.release.champion import ARM, EXPERIMENT, candidate_of
+from flywheel_tasks.release.champion import ARM, EXPERIMENT
 from flywheel_tasks.release.expose import named
 from flywheel_tasks.release.reign import for_stage
 from flywheel_tasks.services import state_dir, user_key
@@ -61,6 +62,13 @@ def reigning(cycle: str) -> ModelConfig:
     return for_stage(load_config(PROFILE), "pairs", store(), cycle).models.policy
 
 
+def in_production() -> ModelConfig:
+    """The champion of today: what everybody outside the test arm is served."""
+    home = store()
+    model = ledger.read(home.storage).champion
+    return ModelConfig(path=model.path(home.uri)) if model else load_config(PROFILE).models.policy
+
+
 def traffic(cycle: str, say: Say) -> Path:
     """The week before the cycle, chatted with the champion and written once; returns the folder of logs and cards."""
     from flywheel_tasks.simulation import world
@@ -93,16 +101,17 @@ def reviews(world_folder: Path, cycle: str, people: int, noise: float, say: Say)
 def ab_week(airflow: Airflow, cycle: str, say: Say) -> Artifact | None:
     """The closed readout of the cycle's candidate; None where the gate let none through."""
     home = store()
-    model = candidate_of(home, cycle)
-    if model is None:
+    nomination = ledger.read(home.storage).nomination(cycle)
+    model = nomination.model if nomination else None
+    if nomination is None or model is None:
         say("\nNo candidate was nominated: no user meets it, there is no A/B week, and the champion stays.")
         return None
     found = home.pointed(cycle, "readout")
     if found and found.json("readout")["status"] == "closed" and _tested(found) == model.sha256:
         say("\nThe A/B week of this cycle was read before.")
         return found
-    folder = _both_arms(cycle, ModelConfig(path=model.path(home.uri)), say)
-    start = ids.cycle_start(cycle)
+    start = max(ids.cycle_start(cycle), nomination.at.date())
+    folder = _both_arms(cycle, ModelConfig(path=model.path(home.uri)), start, say)
     logs = [str(state_dir() / "demo" / cycle / "logs" / "*"), str(folder / "logs" / "*")]
     cards = [str(folder / "characters.jsonl")]
     conf: dict[str, Any] = {"cycle": cycle, "profile": PROFILE}
@@ -116,9 +125,7 @@ def ab_week(airflow: Airflow, cycle: str, say: Say) -> Artifact | None:
 
 def crowned(cycle: str) -> bool:
     """Whether the ledger says that this cycle's candidate became champion."""
-    from flywheel_tasks.release.ledger import read
-
-    return any(entry.action == "crown" and entry.cycle == cycle for entry in read(store().storage).entries)
+    return any(entry.action == "crown" and entry.cycle == cycle for entry in ledger.read(store().storage).entries)
 
 
 def truth(folder: Path) -> dict[str, dict[str, float]]:
@@ -152,7 +159,7 @@ def whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _both_arms(cycle: str, candidate: ModelConfig, say: Say) -> Path:
+def _both_arms(cycle: str, candidate: ModelConfig, start: datetime.date, say: Say) -> Path:
     """The week of the test, chatted with the champion by one arm and with the candidate by the other."""
     from flywheel_tasks.simulation import world
     from flywheel_tasks.simulation.chat import Mix
@@ -164,14 +171,13 @@ def _both_arms(cycle: str, candidate: ModelConfig, say: Say) -> Path:
     people = world.steady(world.people(AB_USERS, SEED), A_DAY)
     key = user_key().encode()
     place = assign([ids.pseudonym(person.user_id, key) for person in people], experiment)
-    arms, champion = list(experiment.arms), reigning(cycle)
+    arms, champion = list(experiment.arms), in_production()
     served = {version(champion): champion, version(candidate): candidate}
     of_arm = [version(candidate) if arm == ARM else version(champion) for arm in arms]
     version_of = {
         person.user_id: of_arm[arm] if arm >= 0 else version(champion)
         for person, arm in zip(people, place.tolist(), strict=True)
     }
-    start = ids.cycle_start(cycle)
     counts = ", ".join(f"{list(version_of.values()).count(name)} with {name}" for name in served)
     say(f"\nA/B week: {AB_USERS} simulated users chat for {DAYS} days from {start}, {counts} ...")
     with whole(folder) as unfinished:

@@ -11,13 +11,13 @@ Each happens once, however often and from wherever it is asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
 from flywheel_tasks.core import ids
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Artifact, Store
-from flywheel_tasks.release.ledger import Change, Entry, Model, State, append, read
+from flywheel_tasks.release.ledger import Change, Entry, Model, State, append, read, title
 
 EXPERIMENT = "release-"
 """An experiment that tests a cycle's candidate is called release-CYCLE; `expose` names it so."""
@@ -29,18 +29,6 @@ Answer = Literal["approve", "reject", "timeout"]
 def champion(store: Store) -> Model | None:
     """The policy in production; None is the base policy of the configuration."""
     return read(store.storage).champion
-
-
-def champion_path(store: Store) -> str | None:
-    """The champion as a model path for a config; None where no candidate has won yet."""
-    found = champion(store)
-    return found.path(store.uri) if found else None
-
-
-def candidate_of(store: Store, experiment: str) -> Model | None:
-    """The candidate that an experiment (release-2026-W47) or a cycle (2026-W47) tests."""
-    found = read(store.storage).nomination(ids.cycle_id(experiment.removeprefix(EXPERIMENT)))
-    return found.model if found else None
 
 
 def model_of(store: Store, stage: str, key: str, output: str) -> Model:
@@ -100,7 +88,7 @@ def crown(store: Store, readout: Artifact, by: str = "the readout") -> Entry | N
     """The candidate becomes champion where its closed readout says ship; else nothing changes and None is returned.
 
     A readout counts once: what was rolled back is not crowned again by the same numbers. It crowns the model that its
-    test arm was served, and no other.
+    test arm was served, and no other, over the champion that its control arm was served in all of its window.
     """
     found: Mapping[str, Any] = readout.json("readout")
     experiment = str(found.get("experiment") or "")
@@ -125,8 +113,7 @@ def crown(store: Store, readout: Artifact, by: str = "the readout") -> Entry | N
         crowned = [e for e in state.entries if e.action == "crown"]
         if any((e.cycle, e.model) == (cycle, nominated.model) or e.because == because for e in crowned):
             return None
-        if any(e.cycle > cycle for e in crowned):
-            return None  # its control arm was served a baseline that a later candidate has replaced since
+        _fair(because, found, state, nominated)
         return Change("crown", nominated.model, cycle, by, "; ".join(ship[0]["reasons"])[:4000], because)
 
     return append(store.storage, decide)
@@ -143,9 +130,7 @@ def rollback(store: Store, by: str, why: str, expected: str | None = None) -> En
 
     def decide(state: State) -> Change:
         if expected is not None and str(state.champion) != expected:
-            raise InputError(
-                f"the champion is {state.champion or 'the base policy'}, not {expected}: nothing was changed"
-            )
+            raise InputError(f"the champion is {title(state.champion)}, not {expected}: nothing was changed")
         if state.champion is None:
             raise InputError("there is no champion to roll back: the base policy is in production")
         last = next(e for e in reversed(state.entries) if e.action in ("crown", "rollback"))
@@ -185,6 +170,22 @@ def _same_candidate(decision: Mapping[str, Any], model: Model | None) -> None:
     if model is None or decision.get("candidate") != str(model):
         decided = decision.get("candidate") or "an unnamed model"
         raise InputError(f"the gate decided on {decided}, not on {model or 'a model of the store'}")
+
+
+def _fair(because: str, readout: Mapping[str, Any], state: State, nominated: Entry) -> None:
+    """In its window the test arm had the candidate, and control today's champion and no other."""
+    first, since = date.fromisoformat(readout["window"]["first"]), nominated.at.date()
+    if first < since:
+        raise InputError(
+            f"{because} reads from {first} on, and {nominated.model} was nominated on {since}: nobody met it earlier, "
+            f"so set readout.start to {since} or later and read again"
+        )
+    served = [readout.get("champion") or "a model that it does not name", *map(title, state.reigned(nominated, first))]
+    if set(served) != {title(state.champion)}:
+        raise InputError(
+            f"control of {because} was served {' and '.join(dict.fromkeys(served))}, the champion is "
+            f"{title(state.champion)}: read a week that began after the last change of champion (readout.start)"
+        )
 
 
 def _fresh(gate: Artifact, max_age_days: float) -> None:

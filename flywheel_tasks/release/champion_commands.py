@@ -13,6 +13,8 @@ from flywheel_tasks.core.commands import Settings, configured
 from flywheel_tasks.core.config import FlywheelConfig, without_password
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.core.terminal import Table
+from flywheel_tasks.core.terminal import show as show_parts
 from flywheel_tasks.release import champion as rules
 from flywheel_tasks.release import ledger
 
@@ -131,9 +133,7 @@ def _artifact(store: Store, cycle: str, stage: str) -> Artifact:
 
 def _report(entry: ledger.Entry, store: Store, config: FlywheelConfig) -> None:
     follow(store, config, entry.cycle)
-    print(
-        f"{entry.number}  {entry.action}  {entry.model or 'the base policy'}  {entry.cycle}  by {entry.by}: {entry.why}"
-    )
+    print(f"{entry.number}  {entry.action}  {ledger.title(entry.model)}  {entry.cycle}  by {entry.by}: {entry.why}")
 
 
 def _path(model: ledger.Model | None, store: Store) -> str | None:
@@ -141,27 +141,12 @@ def _path(model: ledger.Model | None, store: Store) -> str | None:
 
 
 def _table(state: ledger.State) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    print(f"champion   {state.champion or 'the base policy'}\ncandidate  {state.candidate or 'none'}")
+    show_parts(f"champion   {ledger.title(state.champion)}", f"candidate  {state.candidate or 'none'}")
     if not state.entries:
         print("no change yet: the ledger is empty")
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "what", "model", "cycle", "when", "by", "why"):
-        table.add_column(name, overflow="fold")
-    for e in state.entries:
-        cells = (
-            str(e.number),
-            e.action,
-            str(e.model or "the base policy"),
-            e.cycle,
-            f"{e.at:%Y-%m-%d %H:%M}",
-            e.by,
-            e.why,
-        )
-        table.add_row(*map(Text, cells))
-    Console().print(table)
+    rows = [
+        (str(e.number), e.action, ledger.title(e.model), e.cycle, f"{e.at:%Y-%m-%d %H:%M}", e.by, e.why)
+        for e in state.entries
+    ]
+    show_parts(Table(("", "what", "model", "cycle", "when", "by", "why"), rows))

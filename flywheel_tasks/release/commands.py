@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from flywheel_tasks.core.terminal import show, visible
 
 RUNNING, REFUSED = 3, 2
 
@@ -36,6 +40,9 @@ def readout(
     plot: Annotated[Path | None, typer.Option(help="Write the forest plot to this PNG.")] = None,
     experiment: Experiment = None,
     control: Annotated[str, typer.Option(help="The arm with the current baseline.")] = "control",
+    allocation: Annotated[
+        str | None, typer.Option(help="Planned weight of each arm: control=0.9,test=0.1 (default: all equal).")
+    ] = None,
     start: Annotated[
         str | None, typer.Option(help="First day of the window, YYYY-MM-DD (default: from the data).")
     ] = None,
@@ -59,20 +66,18 @@ def readout(
         int, typer.Option(min=0, max=12, help="Read the units in 2^bits parts, to save memory.")
     ] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Ray tasks over the parts.")] = 0,
-    share: Annotated[float, typer.Option(help="With --plan: share of the units in each arm.")] = 0.1,
+    share: Annotated[float, typer.Option(help="With --plan: share of the units in each arm, at most 0.5.")] = 0.1,
     units: Annotated[int | None, typer.Option(help="With --plan: units per arm, instead of a share.")] = None,
-    power: Annotated[float, typer.Option(help="With --plan: chance to declare a true lift.")] = 0.8,
+    power: Annotated[float, typer.Option(help="With --plan: chance to declare a true lift, below 1.")] = 0.8,
     tests: Annotated[int, typer.Option(min=1, help="With --plan: primary claims that share alpha.")] = 2,
 ) -> None:
     """Read an A/B test: breadth and depth lifts with Fieller's confidence sets, checks, and a decision.
 
     Exit code 0: the readout is closed. 2: bad input, or a check refused the readout. 3: its window is not complete.
     """
-    from rich.console import Console
-
-    from flywheel_tasks.core.commands import told
+    from flywheel_tasks.core.commands import new_file, told
     from flywheel_tasks.core.errors import FlywheelError
-    from flywheel_tasks.release.readout_cli import plan_files, read_out_files, render_plan
+    from flywheel_tasks.release.readout_cli import flagged, in_flags, plan_files, read_out_files, render_plan
     from flywheel_tasks.release.table import render
 
     choices: dict[str, Any] = {
@@ -83,21 +88,22 @@ def readout(
         "workers": workers,
     }  # fmt: skip
     try:
-        config = _config(choices)
+        config = _config(choices | {"allocation": _weights(allocation)})
+        if plot is not None:
+            new_file(plot, "--plot", ".png")
         if plan:
             found = plan_files(activity, config, share, power, tests, units)
             _print(found.as_json(), render_plan(found), as_json)
             return
         if not exposures:
             raise typer.BadParameter("give --exposures, or --plan to plan from the activity alone")
-        result = read_out_files(exposures, activity, config, plot)
+        result = in_flags(read_out_files(exposures, activity, config, plot))
     except FlywheelError as error:
+        error.args = (flagged(str(error)),)
         raise typer.Exit(told(error)) from error
-    _print(result.as_json(), render(result), as_json)
+    _print(result.as_json(), render(result, problems=False), as_json)
     if result.status != "closed":
-        Console(stderr=True).print(
-            f"{result.status}: {'; '.join(result.problems)}", markup=False, highlight=False, soft_wrap=True
-        )
+        print(visible(f"{result.status}: {'; '.join(result.problems)}"), file=sys.stderr)
         raise typer.Exit(RUNNING if result.status == "running" else REFUSED)
 
 
@@ -119,12 +125,20 @@ def layout(
     decision are the same to the bit, for any window. Of the exposures' columns only those named with --segment are
     written beside the arm and the time.
     """
+    from flywheel_tasks.core.commands import new_folder, told
+    from flywheel_tasks.core.errors import FlywheelError
     from flywheel_tasks.release.layout import write_layout
     from flywheel_tasks.release.parts import find
+    from flywheel_tasks.release.readout_cli import flagged
 
     choices = {"experiment": experiment, "naive_zone": naive_zone, "bad_rows": bad_rows}
-    config = _config(choices | {"segments": segment or []})
-    counts = write_layout(find(exposures, "exposures"), find(activity, "activity"), config, out)
+    try:
+        config = _config(choices | {"segments": segment or []})
+        new_folder(out, "--out")
+        counts = write_layout(find(exposures, "exposures"), find(activity, "activity"), config, out)
+    except FlywheelError as error:
+        error.args = (flagged(str(error)),)
+        raise typer.Exit(told(error)) from error
     for rule, rows in sorted(counts.items()):
         typer.echo(f"{rows:,} {rule}", err=True)
     typer.echo(str(out))
@@ -133,23 +147,39 @@ def layout(
 def _config(choices: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
+    from flywheel_tasks.core import problems
     from flywheel_tasks.core.errors import ConfigError
+    from flywheel_tasks.release.readout_cli import flagged, option
     from flywheel_tasks.release.readout_config import ReadoutConfig
 
     try:
         return ReadoutConfig(**choices)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = (
-            "--" + "-".join(str(part) for part in problem["loc"][:1]).replace("_", "-") if problem["loc"] else "readout"
-        )
-        raise ConfigError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from error
+        at, what = problems.first(error, ReadoutConfig)
+        where = option(at.partition(".")[0]) if at else "readout"
+        raise ConfigError(f"{where}: {flagged(what)}{problems.given(error)}") from error
 
 
-def _print(plain: dict[str, Any], table: Any, as_json: bool) -> None:
-    from rich.console import Console
+def _weights(text: str | None) -> dict[str, float]:
+    from flywheel_tasks.core.errors import ConfigError
 
+    weights: dict[str, float] = {}
+    for pair in text.split(",") if text else ():
+        arm, _, weight = pair.rpartition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not arm.strip() or not 0 < number < math.inf or arm.strip() in weights:
+            raise ConfigError(
+                f"--allocation '{text}': write ARM=WEIGHT once for each arm, such as control=0.9,test=0.1"
+            )
+        weights[arm.strip()] = number
+    return weights
+
+
+def _print(plain: dict[str, Any], table: list[Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(plain, indent=1, allow_nan=False))
     else:
-        Console().print(table)
+        show(*table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from flywheel_tasks.core import schemas
+from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.core.output import Output
@@ -25,8 +24,8 @@ from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.core.tables import TableReader
 from flywheel_tasks.release import ledger
 from flywheel_tasks.release.assign import Experiment, assign, conflicts
+from flywheel_tasks.release.served import keeps_candidate, keeps_draw, served
 
-RELEASE = re.compile(r"release-\d{4}-W\d{2}")
 LAYOUTS = "experiments.json"
 """The experiments that have a layout: the first one's is in folder 0."""
 
@@ -38,7 +37,9 @@ SEGMENTS = tuple(name for name in schemas.EXPOSURE_LOG.names if name not in sche
 class ExposeConfig(StageConfig):
     experiments: tuple[Experiment, ...] = Field((Experiment(),), description="the experiments that run now")
     start: dt.date | None = Field(
-        None, description="no unit is exposed before this day (empty: the first day of the activity)"
+        None,
+        description="no unit is exposed before this day (empty: the first day of the activity), and none to a "
+        "candidate before the day of its nomination",
     )
     min_sends: int = Field(
         1, ge=0, description="sends a unit needs on a day to be eligible, so to be served and exposed, on it"
@@ -110,45 +111,56 @@ def named(experiments: tuple[Experiment, ...], cycle: str) -> tuple[Experiment, 
 def run(inputs: Inputs, config: ExposeConfig, out: Output) -> None:
     """Assign eligible units to arms by a keyed hash and append each unit's first exposure to the cumulative log.
 
-    Eligible are units with activity. A unit keeps its first arm for good; an experiment that ended stays in the log.
-    Beside the log stands the layout of each running experiment: its units numbered, its activity by day.
+    Eligible are units with activity, for a release from the day on which its candidate was nominated. A unit keeps its
+    first arm for good: how units are drawn may change with a cycle, not within one. An experiment that ended in an
+    earlier cycle stays in the log. Beside the log stands the layout of each running experiment: its units numbered, its
+    activity by day.
     """
     previous = inputs.get("previous")
     earlier = inputs.json("previous_report") or {}
     log = previous.read() if previous else schemas.EXPOSURE_LOG.empty_table()
-    first = first_days(inputs["activity"].batches(), config.start, config.min_sends)
     log, gone = _without(log, inputs.forgotten)
-    first, _ = _without(first, inputs.forgotten)
     out.reject(gone)
 
     added, report = [], {}
     locales = usual_locales(inputs["conversations"].batches(["user", "locale"]))
     running = named(config.experiments, out.cycle)
-    reports = [earlier, _report_before(out)]
+    state, this_cycle = _known(out)
+    firsts: dict[dt.date | None, pa.Table] = {}
     for experiment in running:
         mine = log.filter(pc.equal(log.column("experiment"), experiment.name))
-        tested = candidate(experiment, out.store_uri)
-        for before in reports:
-            keeps_candidate(experiment.name, before.get(experiment.name, {}).get("candidate"), tested)
-        history = shares_in_force(earlier.get(experiment.name, {}), experiment)
-        layer = pa.array([e.name for e in running if e.layer == experiment.layer])
-        of_layer = log.filter(pc.is_in(log.column("experiment"), value_set=layer))
-        fresh = new_exposures(first, experiment, of_layer.column("unit_id").combine_chunks(), locales)
-        added.append(fresh)
-        whole = pa.concat_tables([mine, fresh])
-        sizes = Counter(whole.column("arm").to_pylist())
-        report[experiment.name] = {
-            "eligible_units": first.num_rows,
-            "already_exposed": mine.num_rows,
-            "newly_exposed": fresh.num_rows,
-            "units": {arm: sizes[arm] for arm in experiment.arms},
+        before = earlier.get(experiment.name, {})
+        history = shares_in_force(before, experiment)
+        tested = served(experiment.name, state)
+        start = begins(before, experiment, config.start, tested.since, ids.cycle_start(out.cycle))
+        said: dict[str, Any] = {
             "shares": experiment.arms,
             "arms": list(experiment.arms),
             "history": history,
-            "stayed": stayed(whole, experiment, history),
-            "candidate": tested,
+            "salt": experiment.salt,
             "layer": experiment.layer,
             "slice": [experiment.slice_from, experiment.slice_to],
+            "min_sends": config.min_sends,
+            "start": str(start) if start else None,
+        } | tested.as_json(out.store_uri)
+        for known in (before, this_cycle.get(experiment.name, {})):
+            keeps_candidate(experiment.name, known.get("candidate"), said["candidate"])
+        keeps_draw(experiment.name, this_cycle.get(experiment.name, {}), said)
+        if start not in firsts:
+            found = first_days(inputs["activity"].batches(), start, config.min_sends)
+            firsts[start] = _without(found, inputs.forgotten)[0]
+        layer = pa.array([e.name for e in running if e.layer == experiment.layer])
+        of_layer = log.filter(pc.is_in(log.column("experiment"), value_set=layer))
+        fresh = new_exposures(firsts[start], experiment, of_layer.column("unit_id").combine_chunks(), locales)
+        added.append(fresh)
+        whole = pa.concat_tables([mine, fresh])
+        sizes = Counter(whole.column("arm").to_pylist())
+        report[experiment.name] = said | {
+            "eligible_units": firsts[start].num_rows,
+            "already_exposed": mine.num_rows,
+            "newly_exposed": fresh.num_rows,
+            "units": {arm: sizes[arm] for arm in experiment.arms},
+            "stayed": stayed(whole, experiment, history),
         }
         out.metric(f"{experiment.name}.units", sum(sizes.values()))
         _lay_out(experiment.name, whole, inputs["activity"], config.layout, out)
@@ -158,6 +170,16 @@ def run(inputs: Inputs, config: ExposeConfig, out: Output) -> None:
     rows = log.num_rows + sum(part.num_rows for part in added)
     out.account(unit="exposure", rows_in=rows + gone.num_rows, rows_out=rows)
     out.json("report", report)
+
+
+def begins(
+    before: Mapping[str, Any], experiment: Experiment, start: dt.date | None, nominated: dt.date | None, monday: dt.date
+) -> dt.date | None:
+    """The first day on which a unit may enter: as configured, yet not before the candidate was nominated, and not
+    before the cycle that resized the arms, since a place that an arm gained was not served earlier."""
+    resized = monday if before and before["shares"] != experiment.arms else None
+    earlier = dt.date.fromisoformat(before["start"]) if before.get("start") else None
+    return max((day for day in (start, nominated, resized, earlier) if day), default=None)
 
 
 def shares_in_force(before: Mapping[str, Any], experiment: Experiment) -> list[dict[str, float]]:
@@ -185,32 +207,13 @@ def stayed(log: pa.Table, experiment: Experiment, history: Sequence[Mapping[str,
     return {"shares": least, "units": {arm: sizes[arm] for arm in experiment.arms}}
 
 
-def candidate(experiment: Experiment, store_uri: str) -> dict[str, str] | None:
-    """The model behind the test arm, where the experiment is the release of a nominated candidate."""
-    from flywheel_tasks.core.store import Store
-    from flywheel_tasks.release.champion import candidate_of
-
-    if not RELEASE.fullmatch(experiment.name):
-        return None
-    found = candidate_of(Store(store_uri), experiment.name)
-    return {"artifact": str(found), "path": found.path(store_uri), "sha256": found.sha256} if found else None
-
-
-def keeps_candidate(experiment: str, before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> None:
-    """Refuse to go on under one name with another model: its users were served the first one."""
-    if before and (now is None or now["sha256"] != before["sha256"]):
-        raise InputError(
-            f"experiment '{experiment}' exposed its users to {before['artifact']}, and the candidate is now "
-            f"{now['artifact'] if now else 'refused'}: end it, or start an experiment under a new name"
-        )
-
-
-def _report_before(out: Output) -> dict[str, Any]:
-    """What this cycle's last run of the stage said, where it ran before."""
+def _known(out: Output) -> tuple[ledger.State, dict[str, Any]]:
+    """The ledger, and what this cycle's last run of the stage said, where it ran before."""
     from flywheel_tasks.core.store import Store
 
-    found = Store(out.store_uri).pointed(out.cycle, STAGE.name)
-    return dict(found.json("report")) if found else {}
+    store = Store(out.store_uri)
+    found = store.pointed(out.cycle, STAGE.name)
+    return ledger.read(store.storage), dict(found.json("report")) if found else {}
 
 
 def _lay_out(name: str, log: pa.Table, activity: TableReader, wanted: bool, out: Output) -> None:
@@ -255,7 +258,7 @@ STAGE = Stage(
         "previous": Input("expose", "exposures", optional=True, previous=True),
         "previous_report": Input("expose", "report", optional=True, previous=True),
     },
-    outputs={"exposures": "exposure", "report": "json", "layout": "file"},
+    outputs={"exposures": "exposure", "report": "json", "layout": "derived"},
     config=ExposeConfig,
     run=run,
     resources=Resources(cpus=1, memory_gib=4),

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Literal, NamedTuple
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -58,6 +58,11 @@ class Model(_Record):
         return f"{store_uri}/artifacts/{self.stage}/{self.key}/{self.output}"
 
 
+def title(model: Model | None) -> str:
+    """What a page calls a champion."""
+    return str(model or "the base policy")
+
+
 class Entry(_Record):
     """One change, or one refusal to change. `model` None is the base policy of the configuration."""
 
@@ -93,10 +98,28 @@ class State(NamedTuple):
         return next((e for e in self.entries if (e.action, e.because) == (action, because)), None)
 
     def nomination(self, cycle: str) -> Entry | None:
-        """The cycle's nomination, where no later conclusion of the cycle refused it."""
-        concluded = (e for e in reversed(self.entries) if e.action in ("nominate", "refuse") and e.cycle == cycle)
-        last = next(concluded, None)
-        return last if last and last.action == "nominate" else None
+        """The nomination since which the cycle has its candidate, where no later conclusion of the cycle refused it."""
+        found: Entry | None = None
+        for entry in self.entries:
+            if entry.cycle != cycle or entry.action not in ("nominate", "refuse"):
+                continue
+            if entry.action == "refuse":
+                found = None
+            elif found is None or found.model != entry.model:
+                found = entry
+        return found
+
+    def reigned(self, nomination: Entry, first: date) -> list[Model | None]:
+        """Who reigned, in order, since a candidate was nominated and the first day of its test had begun."""
+        changes = [e for e in self.entries if e.action in ("crown", "rollback")]
+        before = [e for e in changes if e.number < nomination.number or e.at.date() < first]
+        return [before[-1].model if before else None, *(e.model for e in changes if e not in before)]
+
+    def released(self, cycle: str) -> bool:
+        """Whether a candidate of the cycle became champion and was not rolled back."""
+        mine = [e for e in self.entries if e.cycle == cycle]
+        back = {e.because for e in mine if e.action == "rollback"}
+        return any(e.action == "crown" and e.because not in back for e in mine)
 
 
 class Change(NamedTuple):

@@ -67,6 +67,8 @@ def plan(
     (Bonferroni, which Holm never needs more than); `units` overrides share x the units seen."""
     if not 0 < share <= 0.5 or tests < 1:
         raise InputError(f"share per arm must lie in (0, 0.5] and tests be at least 1, not {share:g} and {tests}")
+    if not config.alpha / tests < power < 1:
+        raise InputError(f"power must lie above alpha / tests = {config.alpha / tests:g} and below 1, not {power:g}")
     last = (config.as_of - dt.timedelta(1)) if config.as_of else activity_span(activity)[1]
     first = config.start or last - dt.timedelta(config.days - 1)
     last = first + dt.timedelta(config.days - 1)

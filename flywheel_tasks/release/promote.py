@@ -22,9 +22,12 @@ OUTCOME: dict[str, Outcome] = {"PASS": "promoted", "HOLD": "held"}
 
 
 class PromoteConfig(StageConfig):
-    max_age_days: float = Field(14, gt=0, description="a gate's decision that is older promotes nothing")
+    max_age_days: float = Field(14, gt=0, le=36_500, description="a gate's decision that is older promotes nothing")
     hold_hours: float = Field(
-        72, gt=0, description="how long a HOLD waits for a person before it is refused; the DAG's task reads it"
+        72,
+        gt=0,
+        le=8_760,
+        description="how long a HOLD waits for a person before it is refused; the DAG's task reads it",
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
-import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from flywheel_tasks.compute import session
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.release import analysis, shuffle
@@ -28,7 +29,7 @@ from flywheel_tasks.release.result import ReadoutResult, Status
 from flywheel_tasks.release.scan import Scan, missing_days
 from flywheel_tasks.release.stamp import DENSE, layout_of
 from flywheel_tasks.release.sums import sums
-from flywheel_tasks.release.window import Window, day_of
+from flywheel_tasks.release.window import Window, day_number, day_of
 from flywheel_tasks.stats.moments import Moments
 from flywheel_tasks.stats.srm import SampleRatio, sample_ratio
 
@@ -84,6 +85,16 @@ def read_out(
         return _empty(log, resolved.window, config, "running", [resolved.waits], warnings=resolved.notes)
     totals, rows = totals_of(log, exposures, activity, config, resolved.window)
     return assemble(log, resolved, config, totals, rows, stayed)
+
+
+def nobody_yet(experiment: str, arms: Sequence[str], first: dt.date, config: ReadoutConfig) -> ReadoutResult:
+    """What is said of an experiment whose first unit has not come yet."""
+    log = Log(np.empty((0, 1), np.uint64), np.empty(0, np.int32), np.empty(0, np.int64), (), list(arms), (), experiment)
+    day = day_number(first)
+    window = Window(day, config.days, day + config.days - 1, config.pre_days, config.estimand)
+    return _empty(
+        log, window, config, "running", [f"no unit has entered since {first}: their activity is not there yet"]
+    )
 
 
 def _log(exposures: Sequence[Part], config: ReadoutConfig, with_ids: bool) -> Log:
@@ -206,7 +217,7 @@ def _map(fn: Callable[[B], str], blocks: Sequence[B], workers: int) -> Iterable[
 
 
 def _share(log: Log, activity: Sequence[Part], config: ReadoutConfig, window: Window, part: tuple[int, int]) -> Share:
-    threads = config.threads or (1 if part[1] and config.workers > 1 else os.cpu_count() or 1)
+    threads = config.threads or (1 if part[1] and config.workers > 1 else session.cpus())
     place = populate_layout if is_layout(activity) else populate
     population = place(log, window, config.time_zone, part, "returning" in config.segments)
     totals, rows, by_day = sums(activity, Scan(population, window, config.bad_rows, part), threads)

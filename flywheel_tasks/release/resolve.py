@@ -56,6 +56,9 @@ def resolve_window(log: Log, activity: Sequence[Part], config: ReadoutConfig) ->
     waits = None
     if window.last + 1 + config.settle_days > day_number(as_of):
         waits = f"the window ends on {day_of(window.last)}; data is complete before {as_of}"
+        if first + window.kept[-1] <= day_number(last_day):
+            closes = day_of(window.last + 1 + config.settle_days)
+            waits += f"; if that of {day_of(window.last)} is whole, as_of {closes} closes it"
     elif first + window.kept[-1] >= known:
         waits = f"the window ends on {day_of(window.last)}; the activity ends on {last_day}"
     complete = [d for d in window.kept if first + d < settled]

@@ -38,6 +38,8 @@ class ReadoutResult:
     decisions: list[Decision] = field(default_factory=list)
     candidate: dict[str, str] | None = None
     """The model behind the test arm, where the experiment is the release of a cycle's candidate."""
+    champion: str | None = None
+    """The model behind the control arm of such a release."""
     versions: list[dict[str, Any]] = field(default_factory=list)
     """The primary claims of all releases read so far, adjusted together (`versions`)."""
 
@@ -49,6 +51,7 @@ class ReadoutResult:
         return {
             "experiment": self.experiment,
             "candidate": self.candidate,
+            "champion": self.champion,
             "status": self.status,
             "control": self.control,
             "estimand": self.estimand,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import UTC, date, datetime, time, tzinfo
 from pathlib import Path
 from typing import Any, Literal
+
+import pytest
 
 from flywheel_tasks.core.config import FlywheelConfig, StageConfig
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.runner import run_stage
 from flywheel_tasks.core.stage import Input, Inputs, Stage
 from flywheel_tasks.core.store import Artifact, Store
-from flywheel_tasks.release import promote
-from flywheel_tasks.release.champion import candidate_of
-from flywheel_tasks.release.expose import RELEASE
+from flywheel_tasks.release import ledger, promote
+from flywheel_tasks.release.served import served
 
 
 class RlConfig(StageConfig):
@@ -31,6 +33,7 @@ class ReadoutWords(StageConfig):
     verdict: str = "ship"
     looked_on: int = 0
     tested: Literal["the candidate", "another", "unnamed"] = "the candidate"
+    first: str = ""
 
 
 def _rl(inputs: Inputs, config: RlConfig, out: Output) -> None:
@@ -54,9 +57,9 @@ def _gate(inputs: Inputs, config: GateWords, out: Output) -> None:
 
 
 def _readout(inputs: Inputs, config: ReadoutWords, out: Output) -> None:
-    """A verdict as told, on the model that was the cycle's candidate when the experiment was read."""
-    nominated = candidate_of(Store(out.store_uri), config.experiment) if RELEASE.fullmatch(config.experiment) else None
-    tested = {"artifact": str(nominated), "sha256": nominated.sha256} if nominated else None
+    """A verdict as told, on the cycle's candidate over the champion of the moment, from its nomination's day on."""
+    behind = served(config.experiment, ledger.read(Store(out.store_uri).storage)).as_json(out.store_uri)
+    tested = behind["candidate"]
     if config.tested != "the candidate":
         tested = None if config.tested == "unnamed" else {"artifact": f"rl/{'0' * 32}", "sha256": "0" * 64}
     decisions = [{"arm": "test", "verdict": config.verdict, "reasons": ["breadth rose"]}]
@@ -65,6 +68,8 @@ def _readout(inputs: Inputs, config: ReadoutWords, out: Output) -> None:
         "comparisons": {"test": {"breadth": lift}},
         "experiment": config.experiment,
         "candidate": tested,
+        "champion": behind["champion"],
+        "window": {"first": config.first or behind["nominated"]},
         "status": config.status,
         "problems": [],
         "decisions": decisions,
@@ -88,6 +93,17 @@ GATE = Stage(
 )  # fmt: skip
 READOUT = Stage("readout", "release", "Sec. 2.5.2", _readout, ReadoutWords, {"readout": "json"}, uses_cycle=True)
 STAGES = (RL, RESPOND, GATE, promote.STAGE, READOUT)
+
+
+def ledger_on(monkeypatch: pytest.MonkeyPatch, day: date, hour: int = 9) -> None:
+    """From now on the ledger's entries are of this moment."""
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.combine(day, time(hour), UTC)
+
+    monkeypatch.setattr(ledger, "datetime", Then)
 
 
 class World:

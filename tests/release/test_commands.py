@@ -58,9 +58,9 @@ def test_tables_fit_a_terminal(files: tuple[str, str]) -> None:
         (["--time-zone", "Mars/Base"], "no time zone"),
         (["--estimand", "guess"], "--estimand"),
         (["--control", "base"], "no unit in control arm 'base'"),
-        (["--segment", "returning"], "pre_days"),
+        (["--segment", "returning"], "needs --pre-days above 0"),
         (["--segment", "colour"], "no column colour"),
-        (["--missing-day", "2027-01-01"], "missing_days"),
+        (["--missing-day", "2027-01-01"], "--missing-day must name"),
     ],
 )
 def test_bad_input_is_exit_2_and_one_line(files: tuple[str, str], arguments: list[str], said: str) -> None:
@@ -99,6 +99,59 @@ def test_plan_before_launch(files: tuple[str, str]) -> None:
     assert breadth["units_for_lift_pct"]["5"] == pytest.approx(n, rel=0.02)
     assert invoke("--plan", "--activity", files[1]).exit_code == 0
     assert invoke("--activity", files[1]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "options", [["--power", 2], ["--power", 1], ["--power", "nan"], ["--power", 0.01], ["--units", 1]]
+)
+def test_a_plan_that_nothing_reaches_is_refused_at_once(files: tuple[str, str], options: list[Any]) -> None:
+    found = invoke("--plan", "--activity", files[1], *options)
+    assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert "power" in found.stderr or "units per arm" in found.stderr
+
+
+def test_a_test_that_was_not_split_in_half_is_read_with_its_weights(files: tuple[str, str], tmp_path: Path) -> None:
+    exposures, activity = world(1, staggered=False)
+    few = _named(write(tmp_path / "b", exposures[:200] + [e for e in exposures[200:] if e[1] == "test"], activity))
+    refused = invoke("--start", START, *few)
+    assert refused.exit_code == 2
+    assert "set --allocation" in refused.stderr
+    assert "sample ratio mismatch" not in refused.stdout, "it is said once"
+    shares = json.loads(invoke("--start", START, "--json", *few).stdout)["sample_ratio"]["observed"]
+    weights = ",".join(f"{arm}={n}" for arm, n in shares.items())
+    assert invoke("--start", START, *few, "--allocation", weights).exit_code == 0
+    for wrong in ("control", "control=0", "control=x,test=1", "control=1,control=2"):
+        assert "ARM=WEIGHT" in invoke("--start", START, *few, "--allocation", wrong).stderr
+
+
+def test_where_a_plot_and_a_layout_go_is_checked_before_anything_is_read(
+    files: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for plot, said in (("nowhere/x.png", "no folder"), ("p.txt", "ends in .png"), (".", "is a folder")):
+        found = invoke("--exposures", "none", "--activity", "none", "--plot", tmp_path / plot)
+        assert (found.exit_code, said in found.stderr) == (2, True), found.output
+    out = str(tmp_path / "file" / "layout")
+    found = CliRunner().invoke(APP, ["layout", "--exposures", "none", "--activity", "none", "--out", out])
+    assert (found.exit_code, "is a file: name a folder" in found.stderr) == (2, True)
+
+
+def test_an_unfinished_window_says_which_as_of_would_close_it(files: tuple[str, str]) -> None:
+    source = ["--exposures", files[0], "--activity", files[1], "--start", START]
+    waiting = invoke(*source, "--as-of", day(6))
+    assert waiting.exit_code == 3
+    assert f"--as-of {day(7)} closes it" in waiting.stderr
+    assert invoke(*source, "--as-of", day(7)).exit_code == 0
+
+
+def test_a_name_cannot_command_the_terminal(tmp_path: Path) -> None:
+    exposures, activity = world(1, staggered=False)
+    arm = "\x1b[31mred\x07"
+    odd = [(e[0], arm if e[1] == "test" else e[1], *e[2:]) for e in exposures]
+    found = invoke("--start", START, "--as-of", day(7), *_named(write(tmp_path / "b", odd, activity)))
+    assert found.exit_code == 0, found.output
+    assert "\x1b" not in found.output
+    assert r"\x1b[31mred\x07 breadth" in found.output
 
 
 def test_a_plan_counts_the_units_of_its_days_only(files: tuple[str, str], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from flywheel_tasks.release.ledger import Change, Model
 from flywheel_tasks.release.stamp import layout_of
 from flywheel_tasks.stats.multiplicity import holm
 from flywheel_tasks.stats.srm import sample_ratio
+from tests.release.promotion_world import ledger_on
 from tests.release.worlds import activity_table, day, world, write
 
 
@@ -120,7 +121,7 @@ def test_the_log_is_cumulative_and_keeps_the_first_exposure(cycle: Cycle) -> Non
     sections = {"expose": {"experiments": [HALF]}}
     cycle.run(INGEST, ingest={"days": 1})
     first = exposures(cycle.run(expose.STAGE, **sections))
-    cycle.run(INGEST, "2026-W46", ingest={"days": 3, "units": 3100})
+    cycle.run(INGEST, "2026-W46", ingest={"days": 9, "units": 3100})
     larger = {"expose": {"experiments": [HALF | {"arms": {"test": 0.4, "control": 0.5}}]}}
     made = cycle.run(expose.STAGE, "2026-W46", **larger)
     second = exposures(made)
@@ -185,10 +186,11 @@ def test_p_values_are_adjusted_across_the_versions_read_so_far(cycle: Cycle) -> 
     assert max(c["p_holm"] for c in found["versions"]) >= max(mine[m]["p_holm"] for m in ("breadth", "depth"))
 
 
-def test_a_release_names_the_candidate_that_it_tests(cycle: Cycle) -> None:
-    """The ledger's nomination of the cycle, from exposure to readout."""
+def test_a_release_names_the_models_that_it_compares(cycle: Cycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger's nomination of the cycle and its champion, from exposure to readout."""
     week = "2026-W45"
     model = Model(stage="dpo", key="a" * 32, output="model", sha256="0" * 64)
+    ledger_on(monkeypatch, day(0))
     ledger.append(Store(cycle.uri).storage, lambda _: Change("nominate", model, week, "the gate", "x", "gate/x"))
     cycle.run(INGEST, week, ingest={"days": 8})
     sections = {"expose": {"experiments": [{"arms": HALF["arms"]}]}}
@@ -196,10 +198,12 @@ def test_a_release_names_the_candidate_that_it_tests(cycle: Cycle) -> None:
     made = cycle.run(readout.STAGE, week, **sections)
     expected = {"artifact": f"dpo/{'a' * 32}", "path": model.path(cycle.uri), "sha256": "0" * 64}
     assert made.json("readout")["candidate"] == expected
-    assert f"candidate: dpo/{'a' * 32}".encode() in made.file("report", "readout.txt")
+    assert made.json("readout")["champion"] == "the base policy"
+    text = made.file("report", "readout.txt").decode()
+    assert f"candidate: dpo/{'a' * 32}\nchampion: the base policy\n" in text
 
 
-def test_an_experiment_never_changes_the_model_behind_its_arm(cycle: Cycle) -> None:
+def test_an_experiment_never_changes_the_model_behind_its_arm(cycle: Cycle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither within its week nor in a later one, nor by a refusal; a new name starts anew."""
     week, storage = "2026-W45", Store(cycle.uri).storage
     models = [Model(stage="dpo", key=digit * 32, output="model", sha256=digit * 64) for digit in "ab"]
@@ -207,6 +211,7 @@ def test_an_experiment_never_changes_the_model_behind_its_arm(cycle: Cycle) -> N
     def nominate(model: Model) -> None:
         ledger.append(storage, lambda _: Change("nominate", model, week, "the gate", "x", f"gate/{model.key}"))
 
+    ledger_on(monkeypatch, day(0))
     nominate(models[0])
     cycle.run(INGEST, week, ingest={"days": 2})
     cycle.run(expose.STAGE, week)
@@ -265,6 +270,20 @@ def test_a_layout_of_purged_or_other_activity_is_not_read(cycle: Cycle, monkeypa
     after = cycle.run(readout.STAGE, readout={"alpha": 0.04}, **sections).json("readout")["rows"]
     assert after["units"] == before - 1
     assert "unit not exposed" in after or after["exposure rows"] == len(log) - 1
+
+
+def test_a_forgotten_users_days_are_in_no_layout_and_in_no_tracking(
+    cycle: Cycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its units stand in the order of the log, so the place of a row that is gone from there would name the person."""
+    cycle.run(INGEST, ingest={"days": 8, "units": 300})
+    made = cycle.run(expose.STAGE, expose={"experiments": [HALF]})
+    assert made.manifest.outputs["layout"].files
+    unit = exposures(made)[7]["unit_id"]
+    monkeypatch.setattr(ids, "pseudonym", lambda user, secret: unit)
+    assert forget(Store(cycle.uri), "somebody", b"k" * 32)["clean"]
+    assert not [path for path in cycle.folder.rglob("*") if "/layout/" in str(path) and path.is_file()]
+    assert not list((cycle.folder / "mlflow-files").rglob("*.parquet"))
 
 
 def test_unequal_arms_are_checked_against_the_shares_that_expose_drew(cycle: Cycle) -> None:
