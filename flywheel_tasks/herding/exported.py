@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 class RoundingConfig(StageConfig):
     """How far an engine may be from the trainer of what it serves. Right checkpoints of SmolLM2 differed by 0.07 in the
-    mean and 0.4 at most in bfloat16, on sentences that the model finds unlikely; a head that missed one update by
-    3.8."""
+    mean and 0.4 at most in bfloat16, on sentences that the model finds unlikely; a head that missed one large update
+    by 3.8."""
 
     most: float = Field(1.0, gt=0, description="largest difference of one token's logprob that is still rounding")
     mean: float = Field(0.12, gt=0, description="largest mean difference that is still rounding")

@@ -6,6 +6,9 @@ reward model is right about responses like those it learned from. A win-rate of 
 trusted; the version that reached 70.7 % by it was the one that users left (V12). So the run ends at the ideal, and
 no checkpoint at or beyond the hard limit, or that was not measured, is handed out. The higher of the two win-rates
 decides, and a judge that could read nothing ends the run like one that was won over.
+
+A policy can also become worse than it began. Where every judge is certain of that, its whole interval below one half,
+the run ends too, and that checkpoint is not handed out.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 PREFIX = "guard/"
 _JUDGES = ("pointwise", "pairwise")
+_EVEN = 0.5
 
 
 class GuardrailConfig(StageConfig):
@@ -76,35 +80,44 @@ class Guard(NamedTuple):
 
     @property
     def rates(self) -> dict[str, float]:
+        return {name: found.rate for name, found in self._judged.items()}
+
+    @property
+    def highs(self) -> dict[str, float]:
+        return {name: found.high for name, found in self._judged.items()}
+
+    @property
+    def _judged(self) -> dict[str, WinRate]:
         judged = {"pointwise": self.pointwise, "pairwise": self.pairwise}
-        return {name: found.rate for name, found in judged.items() if found is not None}
+        return {name: found for name, found in judged.items() if found is not None}
 
     def metrics(self) -> dict[str, float]:
         """What is logged at this step."""
         known = self.rates and not _unread(self)
         found: dict[str, float] = {"prompts": self.n, "win_rate": _highest(self) if known else math.nan}
-        for name, rate in (("pointwise", self.pointwise), ("pairwise", self.pairwise)):
-            if rate is not None:
-                found |= {
-                    f"n_{name}": rate.n, f"win_rate_{name}": rate.rate,
-                    f"win_rate_{name}_low": rate.low, f"win_rate_{name}_high": rate.high,
-                }  # fmt: skip
+        for name, rate in self._judged.items():
+            found |= {
+                f"n_{name}": rate.n, f"win_rate_{name}": rate.rate,
+                f"win_rate_{name}_low": rate.low, f"win_rate_{name}_high": rate.high,
+            }  # fmt: skip
         found |= self.now._asdict() | {f"start_{name}": value for name, value in self.start._asdict().items()}
         found |= {name: value for name, value in (("kl", self.kl), ("entropy", self.entropy)) if value is not None}
         return {PREFIX + name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
 class Level(NamedTuple):
-    """As much of a measurement as decides: its step, and the win-rate of each judge."""
+    """As much of a measurement as decides: its step, and of each judge the win-rate and its interval's upper end."""
 
     step: int
     rates: Mapping[str, float]
+    highs: Mapping[str, float]
 
 
 class Verdict(NamedTuple):
-    """go: train on. soft: the ideal is reached. hard: the policy is past what the judges can be trusted with."""
+    """go: train on. soft: the ideal is reached. hard: the policy is past what the judges can be trusted with. lost: it
+    is certainly worse than it began."""
 
-    level: Literal["go", "soft", "hard"]
+    level: Literal["go", "soft", "hard", "lost"]
     reason: str
 
 
@@ -191,8 +204,10 @@ def of_metrics(step: int, metrics: Mapping[str, float]) -> Level | None:
     """What a step's logged metrics say of its measurement; None where none was taken. The win-rate of a judge that read
     nothing is not a number, so it was not logged: the rows that it read were."""
     judges = [judge for judge in _JUDGES if f"{PREFIX}n_{judge}" in metrics]
-    rates = {judge: metrics.get(f"{PREFIX}win_rate_{judge}", math.nan) for judge in judges}
-    return Level(step, rates) if rates else None
+    rates, highs = (
+        {judge: metrics.get(f"{PREFIX}win_rate_{judge}{end}", math.nan) for judge in judges} for end in ("", "_high")
+    )
+    return Level(step, rates, highs) if rates else None
 
 
 def verdict(found: Guard | Level, config: GuardrailConfig) -> Verdict:
@@ -212,25 +227,35 @@ def verdict(found: Guard | Level, config: GuardrailConfig) -> Verdict:
         )
     if rate >= config.ideal:
         return Verdict("soft", f"soft stop at step {found.step}: win-rate over the start ({shown}) is at its ideal")
+    if all(high < _EVEN for high in found.highs.values()):
+        return Verdict(
+            "lost",
+            f"stop at step {found.step}: the policy is certainly worse than its start, win-rates over it ({shown}) are "
+            "below one half by their whole intervals",
+        )
     return Verdict("go", f"step {found.step}: win-rate over the start ({shown}) is below {config.ideal:g}")
 
 
 def nearest(guards: Sequence[Guard | Level], published: Sequence[int], config: GuardrailConfig) -> int:
     """The step of the published checkpoint whose win-rate is nearest to the ideal; of equals the earlier. A checkpoint
-    at or above the hard limit, or one that was not measured, is never chosen."""
+    at or above the hard limit, one that certainly lost, or one that was not measured, is never chosen."""
     known = trusted(guards, published, config)
     if not known:
+        losers = [found.step for found in guards if verdict(found, config).level == "lost"]
+        lost = f" (steps {', '.join(map(str, losers))} certainly lost to the start)" if losers else ""
         raise FlywheelError(
             f"no published checkpoint (steps {', '.join(map(str, published)) or 'none'}) is below the hard limit of "
-            f"{config.hard:g}: the policy runs away from its start; lower rl.train.learning_rate, raise the KL weight, "
-            "or measure more often (rl.guardrail.every)"
+            f"{config.hard:g} and no certain loss{lost}: the policy runs away from its start; lower "
+            "rl.train.learning_rate, raise the KL weight, look at the weights of rl.reward, or measure more often "
+            "(rl.guardrail.every)"
         )
     return min(known, key=lambda step: (round(abs(known[step] - config.ideal), 12), step))
 
 
 def trusted(guards: Sequence[Guard | Level], published: Sequence[int], config: GuardrailConfig) -> dict[int, float]:
-    """Step and win-rate of the published checkpoints that may be handed out: those measured below the hard limit."""
-    found = {found.step: _highest(found) for found in guards if verdict(found, config).level != "hard"}
+    """Step and win-rate of the published checkpoints that may be handed out: those measured below the hard limit, and
+    not certain to have lost."""
+    found = {found.step: _highest(found) for found in guards if verdict(found, config).level in ("go", "soft")}
     return {step: found[step] for step in sorted(set(found) & set(published))}
 
 

@@ -32,6 +32,7 @@ from pydantic import Field, field_validator, model_validator
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig, StageConfig
 from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.stats import within
 from flywheel_tasks.style import features, rules
 from flywheel_tasks.style.linter import Language
 
@@ -174,12 +175,10 @@ def scale_of(prompt_ids: pa.ChunkedArray | pa.Array, raw: Floats) -> Scale:
     known = np.isfinite(raw)
     ids, scores = np.asarray(prompt_ids.to_pylist(), object).astype(str)[known], raw[known]
     _, at = np.unique(ids, return_inverse=True)
-    count = np.bincount(at, minlength=1)
-    mean = np.bincount(at, scores, minlength=1) / np.maximum(count, 1)
-    freedom = int((count - 1).clip(min=0).sum())
-    spread = float(np.sqrt(np.square(scores - mean[at]).sum() / freedom)) if freedom else 0.0
+    spread = within.spread(at, scores)
     if not spread > 1e-6 * max(1.0, float(np.abs(scores).max(initial=0.0))):
-        why = "the responses to each prompt score the same" if freedom else "no prompt has two of them: raise k"
+        repeated = np.bincount(at, minlength=1).max() > 1
+        why = "the responses to each prompt score the same" if repeated else "no prompt has two of them: raise k"
         raise InputError(f"the reward model tells no scored response from another ({why}): there is nothing to learn")
     return Scale(float(scores.mean()), spread)
 

@@ -12,7 +12,7 @@ from flywheel_tasks.herding.exported import RoundingConfig, ServingConfig
 from flywheel_tasks.herding.guardrail import GuardrailConfig
 from flywheel_tasks.herding.prompt_selection import SelectionConfig
 from flywheel_tasks.herding.reward import RewardConfig, without_signals
-from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.engine_config import EngineConfig, SamplingConfig
 from flywheel_tasks.training.config import TrainingConfig
 from flywheel_tasks.training.learn import LearnConfig
 from flywheel_tasks.training.rl import LossConfig
@@ -20,7 +20,8 @@ from flywheel_tasks.training.rl import LossConfig
 
 class DriftConfig(StageConfig):
     """How engine and learner are compared after every hand-over of weights. bfloat16's rounding was seen to give up to
-    0.3 at one token and 0.08 in the mean of so few; weights that did not arrive give several times that."""
+    0.3 at one token and 0.08 in the mean of so few. What is beyond the bounds is another model: a wrong merge, a layer
+    that kept its weights for many updates. One update is far below them; that it arrived, a checksum says."""
 
     prompts: int = Field(4, ge=1, le=64, description="prompts of the comparison, the same after every step")
     tokens: int = Field(4, ge=1, description="tokens drawn and compared after each of them")
@@ -34,7 +35,9 @@ class RlConfig(LearnConfig):
         description="a row of the batch is one prompt with its k responses; steps are optimiser steps",
     )
     loss: LossConfig = Field(LossConfig(), description="GRPO or online DPO, and π_ref")
-    sampling: Sampling = Field(Sampling(k=8), description="responses per prompt, drawn from the policy itself")
+    sampling: SamplingConfig = Field(
+        SamplingConfig(k=8), description="responses per prompt, drawn from the policy itself"
+    )
     engine: EngineConfig = EngineConfig()
     reward: RewardConfig = RewardConfig()
     selection: SelectionConfig = Field(SelectionConfig(), description="which prompts are learnt from")
@@ -50,8 +53,9 @@ class RlConfig(LearnConfig):
     )
     tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs of each engine", json_schema_extra=Operational)
     rollout_gpus: float = Field(
-        0, ge=0, description="GPUs of the rollouts' process alone (0: it shares this machine's)",
-        json_schema_extra=Operational,
+        0, ge=0, json_schema_extra=Operational,
+        description="GPUs of the rollouts' process: of its scoring models, and without replicas or a cluster of its "
+        "engine too (0: it sees all of this machine's)",
     )  # fmt: skip
 
     @model_validator(mode="before")
@@ -61,7 +65,7 @@ class RlConfig(LearnConfig):
 
     @field_validator("sampling")
     @classmethod
-    def _a_group_of_the_policy(cls, sampling: Sampling) -> Sampling:
+    def _a_group_of_the_policy(cls, sampling: SamplingConfig) -> SamplingConfig:
         if sampling.k < 2:
             raise ValueError("sampling.k is 1: a response is compared within its group, so draw 2 or more per prompt")
         if sampling.top_p < 1:
@@ -79,6 +83,12 @@ class RlConfig(LearnConfig):
             raise ValueError(
                 "train.publish_every: checkpoints are kept where they are measured: leave it out, or set "
                 "guardrail.every"
+            )
+        if self.placement.gpus and not self.rollout_gpus:
+            raise ValueError(
+                f"rollout_gpus 0 puts scoring models and engine on the GPUs of the learners (placement.gpus "
+                f"{self.placement.gpus}): set rollout_gpus to {self.tensor_parallel} on one machine, where the engine "
+                "is in that process; to 1 on a cluster or with replicas, which get tensor_parallel GPUs each beside it"
             )
         if self.lora and self.lora.dropout:
             raise ValueError("lora.dropout: ratios compare the policy with what the engine served, so nothing may drop")

@@ -24,6 +24,8 @@ from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.herding import guardrail
 from flywheel_tasks.herding.guardrail import GuardrailConfig
 from flywheel_tasks.herding.rollouts import OTHER_MACHINE, Rollouts
+from flywheel_tasks.models import arrival
+from flywheel_tasks.models.arrival import Checksum
 from flywheel_tasks.models.checkpoint import merged_shapes, merged_weights
 from flywheel_tasks.models.probe import ProbeConfig, probe
 from flywheel_tasks.models.sync import SharedWeights, Transfer, from_device, gpu
@@ -75,7 +77,8 @@ class Batches:
 
 
 class Sync:
-    """Hands the learner's weights to the engines after every rollout's updates, and proves that they serve them."""
+    """Hands the learner's weights to the engines after every rollout's updates, and proves it: that each worker loaded
+    them, to the bit, and that what the engines draw is as likely to the learner as to them."""
 
     def __init__(
         self,
@@ -126,8 +129,9 @@ class Sync:
         if self._transfer is not None:
             self._transfer.send()
         else:
-            path = self._shared.write(merged_weights(module))  # type: ignore[arg-type]
-            self._rollouts.ask("serve", path)
+            sent = Checksum()
+            path = self._shared.write(sent.over(merged_weights(module)))  # type: ignore[arg-type]
+            arrival.check(sent.value(), self._rollouts.ask("serve", path))
             self._shared.keep_only(path)
         drift = probe(cast("Engine", _Engine(self._rollouts)), self._prompts, Logprobs(module), self._config)
         return drift.metrics() | {"seconds/sync": time.monotonic() - began}

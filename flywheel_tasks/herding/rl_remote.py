@@ -80,10 +80,12 @@ class Far:
 
 @contextmanager
 def rollouts(setup: Setup, *, gpus: float, deadline_s: float) -> Iterator[Far]:
-    """A process for rollouts until the block ends. `gpus` are its own; with none it sees those of this machine."""
+    """A process for rollouts until the block ends. `gpus` are its own; with none it sees those of this machine. That it
+    is on a cluster it is told: a cluster's own processes need not know the address, and its engines ask."""
     ray = session.ensure()
     threads = session.cpus()
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    environment |= {name: os.environ[name] for name in ("RAY_ADDRESS",) if os.environ.get(name)}
     actor = (
         ray.remote(_Process)
         .options(

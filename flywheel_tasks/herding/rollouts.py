@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.errors import FlywheelError
@@ -30,7 +31,7 @@ from flywheel_tasks.herding.sft import languages
 from flywheel_tasks.models import generate
 from flywheel_tasks.models.chat import Card
 from flywheel_tasks.models.engine import Completion, Request, open_engine
-from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.engine_config import EngineConfig, Sampling, SamplingConfig
 from flywheel_tasks.models.engine_worker import BLOCK_TOKENS
 from flywheel_tasks.models.score import Scorer
 from flywheel_tasks.training import rl
@@ -54,7 +55,7 @@ class Setup:
     pairwise_model: str
     cards: Mapping[str, Card]
     engine: EngineConfig
-    sampling: Sampling
+    sampling: SamplingConfig
     room: int
     """Most tokens of a prompt with its response."""
     reward: RewardConfig
@@ -99,11 +100,14 @@ class Order:
 
 
 class Rollouts:
-    """Opens its engine at once and its models when they are first needed. Close it, or use it in a `with` block."""
+    """Opens its engine at once and its models when they are first needed, on a GPU before the engine: that takes its
+    share of what is free then. Close it, or use it in a `with` block."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._stack = ExitStack()
+        if torch.cuda.is_available():
+            _ = self._pointwise, self._pairwise
         self._engine = self._stack.enter_context(open_engine(setup.policy, setup.engine))
         self._prompts = pa.table({})
         self._scale = Scale(0.0, 1.0)
@@ -184,8 +188,9 @@ class Rollouts:
         """What is to be logged of a step's rollout."""
         return self._told.get(step, {})
 
-    def serve(self, path: str) -> float:
-        """Serve the weights in this file from now on; the prefix cache is emptied. Returns the seconds it took."""
+    def serve(self, path: str) -> list[str]:
+        """Serve the weights in this file from now on; the prefix cache is emptied. Returns the checksum of what each
+        worker of the engines loaded."""
         if not Path(path).exists():
             raise FlywheelError(OTHER_MACHINE)
         return self._engine.update(path)
@@ -194,9 +199,9 @@ class Rollouts:
         """The GPUs that the engines run on."""
         return self._engine.gpus
 
-    def transfer(self, method: str, info: dict[str, Any] | None = None) -> None:
-        """One call of vLLM's weight transfer, to every engine."""
-        self._engine.transfer(method, info)
+    def transfer(self, method: str, info: dict[str, Any] | None = None) -> list[str]:
+        """One call of vLLM's weight transfer, to every engine; after the last one, what each worker loaded."""
+        return self._engine.transfer(method, info)
 
     def draw(self, requests: Sequence[Request], sampling: Sampling, replica: int | None = None) -> list[Completion]:
         """Plain generation, for the probe."""
@@ -234,7 +239,9 @@ class Rollouts:
     def _language(self) -> Any:
         return languages(self._setup.language)
 
-    def _draw(self, prompts: pa.Table, sampling: Sampling, name: str, seconds: Counter[str] | None = None) -> Drawn:
+    def _draw(
+        self, prompts: pa.Table, sampling: SamplingConfig, name: str, seconds: Counter[str] | None = None
+    ) -> Drawn:
         seconds = Counter() if seconds is None else seconds
         began = time.monotonic()
         encoded: dict[str, list[int]] = {}

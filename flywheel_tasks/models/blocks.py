@@ -1,4 +1,5 @@
-"""Decoder layers of the Llama family run on the kernels; any other layer runs as transformers wrote it."""
+"""Decoder layers of the Llama family run on the kernels. Any other layer runs as transformers wrote it, except for what
+its adapters add: that is rounded once, with the product to which it is added."""
 
 from __future__ import annotations
 
@@ -24,6 +25,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     for layer in core.layers:
         if type(layer).__name__ in _LAYERS and getattr(core.config, "hidden_act", "") == "silu":
             layer.forward = partial(_layer, layer, layer.forward)
+    for module in core.modules():
+        if hasattr(module, "lora_A"):
+            module.forward = partial(_adapter, module, module.forward)
     if type(core.norm).__name__.endswith("RMSNorm") and hasattr(core.norm, "variance_epsilon"):
         core.norm.forward = partial(_norm, core.norm)
     return model
@@ -31,6 +35,15 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 def _norm(module: Any, x: Tensor) -> Tensor:
     return kernels.rms_norm(x.flatten(0, -2), module.weight, module.variance_epsilon).view_as(x)
+
+
+def _adapter(module: Any, plain: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A linear with an adapter, where its layer is not on the kernels."""
+    linear = _linear(module)
+    if linear is None or linear.a is None or linear.weight.dtype != x.dtype or args or kwargs:
+        out: Tensor = plain(x, *args, **kwargs)
+        return out
+    return kernels.adapted(x.flatten(0, -2), linear).unflatten(0, x.shape[:-1])
 
 
 def _layer(

@@ -69,6 +69,7 @@ class Engine:
         )
         self._links: list[Link | None] = [None] * config.replicas
         self._about: list[wire.Described | None] = [None] * config.replicas
+        self._loaded: list[list[str]] = [[]] * config.replicas
         self._shared = SharedWeights()
         self._served: str | None = None
         self._sent = False
@@ -299,13 +300,12 @@ class Engine:
 
     # -- weights
 
-    def update(self, weights: Weights | Path | str) -> float:
+    def update(self, weights: Weights | Path | str) -> list[str]:
         """Serve new weights: a safetensors file or folder, which must stay, or (name, tensor) of the whole model.
 
-        Returns the seconds it took. An engine that is replaced later gets the same weights."""
+        Returns the checksum of what each worker loaded. An engine that is replaced later gets the same weights."""
         if not self._round.acquire(blocking=False):
             raise FlywheelError("a round of generation is running: weights are updated between rounds")
-        started = time.perf_counter()
         try:
             path = str(Path(weights).absolute()) if isinstance(weights, str | Path) else self._shared.write(weights)
             before, self._served = self._served, path
@@ -319,7 +319,7 @@ class Engine:
                 raise FlywheelError(f"the engine did not take the new weights: {why}") from why
             self._shared.keep_only(path)
             self._sent = False
-            return time.perf_counter() - started
+            return [checksum for loaded in self._loaded for checksum in loaded]
         finally:
             self._round.release()
 
@@ -327,26 +327,31 @@ class Engine:
         link = self._links[number]
         try:
             if link is not None:
-                _call(link, wire.Update(str(self._served)), self._config.stall_seconds, wire.Done)
+                self._load(number, link)
         except EngineLost:
             self._drop(number)
         self._ready(number)
 
-    def transfer(self, method: str, info: dict[str, object] | None = None) -> None:
-        """One step of vLLM's own weight transfer on every engine; `sync.Transfer` drives it."""
+    def _load(self, number: int, link: Link) -> None:
+        done = _call(link, wire.Update(str(self._served)), self._config.stall_seconds, wire.Done)
+        self._loaded[number] = done.loaded
+
+    def transfer(self, method: str, info: dict[str, object] | None = None) -> list[str]:
+        """One step of vLLM's own weight transfer on every engine; `sync.Transfer` drives it. After the last one, the
+        checksum of what each worker loaded."""
         if not self._round.acquire(blocking=False):
             raise FlywheelError("a round of generation is running: weights are updated between rounds")
 
-        def step(number: int) -> None:
+        def step(number: int) -> list[str]:
             own = info
             if info and "rank_offset" in info:
                 own = info | {"rank_offset": int(str(info["rank_offset"])) + number * self.tensor_parallel}
             order = wire.Transfer(method, own)  # type: ignore[arg-type]
-            _call(self._ready(number), order, self._config.stall_seconds, wire.Done)
+            return _call(self._ready(number), order, self._config.stall_seconds, wire.Done).loaded
 
         try:
             with ThreadPoolExecutor(len(self._links)) as pool:
-                list(pool.map(step, range(len(self._links))))
+                return [checksum for loaded in pool.map(step, range(len(self._links))) for checksum in loaded]
         except EngineLost as why:
             raise FlywheelError(f"the engine did not take the new weights at {method}: {why}") from why
         finally:
@@ -370,7 +375,7 @@ class Engine:
         try:
             self._about[number] = _call(link, self._start, self._config.start_seconds, wire.Described)
             if self._served is not None:
-                _call(link, wire.Update(self._served), self._config.stall_seconds, wire.Done)
+                self._load(number, link)
         except BaseException:
             self._drop(number)
             raise

@@ -13,9 +13,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from flywheel_tasks.compute import session
 from flywheel_tasks.models import engine_wire as wire
 
 _LOG_TAIL = 4096
@@ -57,12 +59,12 @@ class ProcessLink:
     """An engine in a child process, spoken to over a socket pair that nobody else can reach."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         self._log = tempfile.TemporaryFile(prefix="flywheel-engine-")  # noqa: SIM115  # closes with the link
         command = [sys.executable, "-m", "flywheel_tasks.models.engine_worker", str(theirs.fileno())]
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, **environment(sorted(os.sched_getaffinity(0)))},
+            env={**os.environ, **environment(session.cores())},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -70,24 +72,41 @@ class ProcessLink:
             start_new_session=True,
         )
         theirs.close()
-        self._connection = Connection(ours.detach())
+        self._connection = Connection(os.dup(self._socket.fileno()))
 
     def call(self, order: wire.Order, seconds: float) -> wire.Answer:
+        """An engine that stops reading, or stops in the middle of its answer, would hold this thread for ever: past the
+        deadline of the whole exchange it is killed, which ends the socket at both sides."""
+        silent = threading.Event()
+
+        def end() -> None:
+            silent.set()
+            self.kill()
+
+        late = threading.Timer(min(max(seconds, 0), threading.TIMEOUT_MAX), end)
+        late.daemon = True
+        late.start()
         try:
             self._connection.send_bytes(wire.encode(order))
-            if not self._connection.poll(max(seconds, 0)):
-                raise EngineLost(f"it was silent for {seconds:.0f} s")
             return wire.answer(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
+            if silent.is_set():
+                raise EngineLost(f"it was silent for {seconds:.0f} s") from error
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_ENDING_SECONDS)
             ending = _ending(self._process.returncode)
             raise EngineLost(f"its process ended with {ending}{self._last_words()}") from error
+        finally:
+            late.cancel()
 
     def kill(self) -> None:
-        """Safe while another thread waits in `call`: that one finds the socket ended. It closes with the link."""
+        """Safe while another thread waits in `call`: that one finds the socket ended, even if the process hangs in a
+        driver where no signal reaches it. It closes with the link."""
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ENDING_SECONDS)
 
     def _last_words(self) -> str:
         self._log.seek(0, os.SEEK_END)
@@ -104,16 +123,15 @@ class RayLink:
     """An engine as a Ray actor with the GPUs of one replica."""
 
     def __init__(self, tensor_parallel: int) -> None:
-        from flywheel_tasks.compute import session
-
         self._ray = session.ensure()
         gpus = tensor_parallel if self._ray.cluster_resources().get("GPU", 0) else 0
         actor = self._ray.remote(EngineActor).options(
-            num_cpus=1,
+            # On one machine learners and engines work in turn, and the learners ask for all cores.
+            num_cpus=1 if os.environ.get("RAY_ADDRESS") else 0,
             num_gpus=gpus,
             max_restarts=0,
             scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": environment(sorted(os.sched_getaffinity(0)))},
+            runtime_env={"env_vars": environment(session.cores())},
         )
         self._actor = actor.remote()
 
@@ -145,8 +163,6 @@ class EngineActor:
 def ready(replicas: int) -> None:
     """What must be there before engines are started from threads: a local Ray ends with the thread that started it."""
     if _on_ray(replicas):
-        from flywheel_tasks.compute import session
-
         session.ensure()
 
 

@@ -114,7 +114,10 @@ class Scored(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
+    """`loaded` is what each worker of the engine loaded, as a checksum, where the order gave it weights."""
+
     seconds: float
+    loaded: list[str] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -64,13 +64,11 @@ class EngineWorker:
                 self._running.clear()
                 self._refused.clear()
             case wire.Update():
-                self._rpc("load_synced", order.path)
+                loaded = self._rpc("load_synced", order.path)
                 self._forget_prefixes()
+                return wire.Done(time.perf_counter() - started, loaded)
             case wire.Transfer():
-                self._rpc(order.method, *([] if order.info is None else [order.info]))
-                if order.method == "finish_weight_update":
-                    self._rpc("pack_tied_head")
-                    self._forget_prefixes()
+                return self._transfer(order, started)
         return wire.Done(time.perf_counter() - started)
 
     def _start(self, order: wire.Start, started: float) -> wire.Described:
@@ -82,14 +80,14 @@ class EngineWorker:
 
         from flywheel_tasks.models.sync import EXTENSION
 
-        cpu = current_platform.is_cpu()
+        cpu, share = current_platform.is_cpu(), order.gpu_memory
         arguments = EngineArgs(
             model=str(folder),
             dtype=order.dtype,
             max_model_len=order.context,
             max_num_seqs=order.sequences,
             tensor_parallel_size=order.tensor_parallel,
-            gpu_memory_utilization=order.gpu_memory,
+            gpu_memory_utilization=share if cpu else utilisation(share, gpu_memory(order.tensor_parallel)),
             kv_cache_memory_bytes=order.cache_bytes if cpu else None,
             block_size=BLOCK_TOKENS if cpu else None,
             # Compiling takes a minute on CPU and gains 8 %; on a GPU the graphs are worth their start.
@@ -199,6 +197,17 @@ class EngineWorker:
 
     # -- weights
 
+    def _transfer(self, order: wire.Transfer, started: float) -> wire.Done:
+        loaded: list[str] = []
+        if order.method == "start_weight_update":
+            self._rpc("begin_checksum")
+        self._rpc(order.method, *([] if order.info is None else [order.info]))
+        if order.method == "finish_weight_update":
+            loaded = self._rpc("end_checksum")
+            self._rpc("pack_tied_head")
+            self._forget_prefixes()
+        return wire.Done(time.perf_counter() - started, loaded)
+
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         found: list[Any] = self._engine.engine_core.collective_rpc(method, args=args)
         return found
@@ -218,6 +227,23 @@ def refusal(tokens: list[int], context: int, vocabulary: int) -> str | None:
     if min(tokens) < 0 or max(tokens) >= vocabulary:
         return f"bad_token: ids from {min(tokens)} to {max(tokens)} in a vocabulary of {vocabulary}"
     return None
+
+
+def gpu_memory(gpus: int) -> list[tuple[int, int]]:
+    """Free and total bytes of each GPU that an engine is spread over."""
+    import torch
+
+    if (seen := torch.cuda.device_count()) < gpus:
+        raise InputError(
+            f"an engine over {gpus} GPUs sees {seen}: lower tensor_parallel, or give its process more GPUs"
+        )
+    return [torch.cuda.mem_get_info(gpu) for gpu in range(gpus)]
+
+
+def utilisation(share: float, memory: list[tuple[int, int]]) -> float:
+    """What vLLM is told. It counts in shares of the whole GPU, and refuses to start where a scoring model has taken so
+    much that the rest is less."""
+    return share * min(free / total for free, total in memory)
 
 
 def request_seed(seed: int, request_id: str) -> int:

@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from flywheel_tasks.core import schemas
-from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.models.chat import Card, Template, card_of, load_tokenizer, refusal
-from flywheel_tasks.models.engine import Engine, open_engine
-from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.engine import Engine
+from flywheel_tasks.models.engine_config import Sampling, SamplingConfig
 from flywheel_tasks.models.engine_wire import Completion, Request
 from flywheel_tasks.models.resolve import local_folder
 
@@ -70,7 +69,7 @@ def encoder(template: Template, characters: Mapping[str, Card], room: int) -> En
     return encode
 
 
-def prompt_room(engine: Engine, sampling: Sampling) -> int:
+def prompt_room(engine: Engine, sampling: SamplingConfig) -> int:
     """How many tokens a prompt may have, so that a whole response fits behind it."""
     room = engine.context - sampling.max_tokens
     if room < 1:
@@ -126,24 +125,6 @@ def complete(
             if partial:
                 partial.put_table(key, table)
             yield Chunk(key, table, resumed=False)
-
-
-def complete_table(
-    model: ModelConfig,
-    config: EngineConfig,
-    prompts: pa.Table,
-    characters: pa.Table,
-    sampling: Sampling,
-    policy: str,
-    deadline: float | None = None,
-) -> pa.Table:
-    """The same in one call, with an engine of its own, in the order of the prompts."""
-    with open_engine(model, config) as engine:
-        template = template_of(engine)
-        encode = encoder(template, cards(characters), prompt_room(engine, sampling))
-        chunks = list(complete(engine, template, prompts, encode, sampling, policy, deadline=deadline))
-    tables = [chunk.table for chunk in sorted(chunks, key=lambda chunk: chunk.name)]
-    return pa.concat_tables(tables) if tables else schemas.COMPLETION.empty_table()
 
 
 def _check_ids(prompts: pa.Table) -> None:

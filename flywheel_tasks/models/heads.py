@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flywheel_tasks.core.errors import InputError
-from flywheel_tasks.models.load import prepare, read
+from flywheel_tasks.models.load import checkpoint_layers, prepare, read
 from flywheel_tasks.models.lora import Lora
 from flywheel_tasks.models.packed import Packed, hidden_states, trunk
 
@@ -51,6 +51,9 @@ class RewardModel(nn.Module):
         """The decoder layers: what FSDP wraps."""
         return list(trunk(self.model).layers)
 
+    def checkpoint_layers(self) -> None:
+        checkpoint_layers(self.model)
+
 
 def load_scorer(
     folder: str | Path,
@@ -61,7 +64,6 @@ def load_scorer(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     trainable: bool = True,
-    checkpoint_layers: bool = False,
     seed: int = 0,
     max_tokens: int | None = None,
 ) -> RewardModel:
@@ -71,7 +73,7 @@ def load_scorer(
 
     saved = _about(Path(folder))
     kind, names = _agreed(Path(folder), saved, kind, tuple(names))
-    model = prepare(read(AutoModel, folder, dtype, device), lora, device, trainable, checkpoint_layers, seed)
+    model = prepare(read(AutoModel, folder, dtype, device), lora, device, trainable, seed)
     known = saved.get("max_tokens") if saved else None
     scorer = RewardModel(model, kind, names, seed, max_tokens or known).to(device)
     if saved is not None:

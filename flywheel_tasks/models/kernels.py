@@ -42,6 +42,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def adapted(x: Tensor, linear: Linear) -> Tensor:
+    """linear(x), for layers that are not on these kernels."""
+    low = None if linear.a is None else x @ linear.a.to(x.dtype).t()
+    return _adapted(x, low, linear.b, linear.scale, None, linear.weight, linear.bias)
+
+
 def norm_linears(x: Tensor, weight: Tensor, eps: float, linears: tuple[Linear, ...]) -> tuple[Tensor, ...]:
     """Several linears of one normalised input (query, key, value; gate, up)."""
     flat = [tensor for linear in linears for tensor in linear.tensors]
@@ -99,11 +105,28 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _forward(y: Tensor | None, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """(y +) x W' + bias; the sum is the matrix product's own."""
+    """(y +) x W' + bias; the sum is the matrix product's own, in fp32."""
     if y is None:
         return F.linear(x, w, bias)
     y = torch.addmm(y, x, w.t())
     return y if bias is None else y.add_(bias)
+
+
+def _adapted(
+    x: Tensor,
+    low: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    residual: Tensor | None,
+    w: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The same with what an adapter adds, `low` being x A'. It goes into the product before that is rounded: to a
+    number that is rounded already, an adapter's first updates would add less than bfloat16 can show."""
+    if low is None or b is None:
+        return _forward(residual, x, w, bias)
+    y = _forward(low @ (b * scale).to(x.dtype).t(), x, w, bias)
+    return y if residual is None else y.add_(residual)
 
 
 def _adapters(flat: Sequence[Tensor | None]) -> tuple[list[tuple[Tensor, Tensor] | None], list[slice]]:
@@ -133,8 +156,8 @@ def _linears(x: Tensor, residual: Tensor | None, scales: Sequence[float], flat: 
         w, bias = flat[_PER_LINEAR * i : _PER_LINEAR * i + 2]
         if w is None:
             raise ValueError("a linear has a weight")
-        y = _forward(residual, x, w, bias)
-        outs.append(y if pair is None or low is None else y.addmm_(low[:, part], (pair[1] * scale).to(x.dtype).t()))
+        b, mine = (None, None) if pair is None or low is None else (pair[1], low[:, part])
+        outs.append(_adapted(x, mine, b, scale, residual, w, bias))
     return tuple(outs), low
 
 

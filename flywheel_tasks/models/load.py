@@ -34,6 +34,9 @@ class Policy(nn.Module):
         """The decoder layers: what FSDP wraps."""
         return list(trunk(self.model).layers)
 
+    def checkpoint_layers(self) -> None:
+        checkpoint_layers(self.model)
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The policy without its adapters: the model that training started from."""
@@ -50,15 +53,14 @@ def load_policy(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     trainable: bool = True,
-    checkpoint_layers: bool = False,
     seed: int = 0,
 ) -> Policy:
     """The causal LM of a model folder. With `lora` fresh adapters alone are trained (fp32 masters; B starts at zero),
-    else all weights; `checkpoint_layers` recomputes layers in the backward pass and keeps their inputs only."""
+    else all weights."""
     from transformers import AutoModelForCausalLM
 
     model = read(AutoModelForCausalLM, folder, dtype, device)
-    return Policy(prepare(model, lora, device, trainable, checkpoint_layers, seed))
+    return Policy(prepare(model, lora, device, trainable, seed))
 
 
 def read(loader: Any, folder: str | Path, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
@@ -110,22 +112,19 @@ def _skeleton(loader: Any, folder: str | Path, dtype: torch.dtype) -> Any:
         ).eval()
 
 
-def prepare(
-    model: Any,
-    lora: Lora | None,
-    device: torch.device | str | None,
-    trainable: bool,
-    checkpoint_layers: bool,
-    seed: int,
-) -> Any:
+def prepare(model: Any, lora: Lora | None, device: torch.device | str | None, trainable: bool, seed: int) -> Any:
     """Adapters, device, what is trained, and the kernels."""
     if lora is not None:
         model = _with_adapters(model, lora, seed)
     if not trainable:
         model.requires_grad_(False)
-    if checkpoint_layers:
-        trunk(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return accelerate(model.to(device).train(trainable))
+
+
+def checkpoint_layers(model: Any) -> None:
+    """From now on a forward pass in training keeps each layer's input alone; the backward pass computes the rest again.
+    The gradient is the same."""
+    trunk(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _with_adapters(model: Any, lora: Lora, seed: int) -> Any:

@@ -24,7 +24,8 @@ TrainerLogprobs = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], S
 
 class ProbeConfig(BaseModel):
     """Bounds that separate bfloat16's rounding from wrong weights: equal weights were seen to differ by up to 0.2, and
-    by 0.06 in the mean; a head that missed one update by 3.8."""
+    by 0.06 in the mean; a head that missed one large update by 3.8. A single update of a usual rate is within them:
+    that it arrived, arrival.py says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.models.chat import Card, Chat, Template, TooLong, load_tokenizer
 from flywheel_tasks.models.heads import Kind, RewardModel, load_scorer
-from flywheel_tasks.models.memory import keep_pages
+from flywheel_tasks.models.memory import keep_pages, refuse_too_large
 from flywheel_tasks.models.packed import SHORTEST_SHARED, common_length, pack
 from flywheel_tasks.models.resolve import local_folder
 
@@ -69,7 +69,9 @@ class Scorer:
         else:
             folder = local_folder(str(source))
             self.template = template or Template(load_tokenizer(folder))
-            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if place.type == "cuda":
+                refuse_too_large(folder, dtype.itemsize, torch.cuda.mem_get_info(place)[0], str(place))
             self.model = load_scorer(folder, dtype=dtype, device=place, trainable=False)
         self.max_tokens, self.budget = max_tokens or self.model.max_tokens or _LONGEST, budget
         """As long as the model's rows were in training, unless told."""

@@ -8,7 +8,8 @@ layers of any architecture are right.
 There are two ways from a learner to the engines, and `from_device` says which. On CPU weights are one safetensors file
 in shared memory (`SharedWeights`), so both are on one machine. From a GPU to others they go by vLLM's NCCL weight
 transfer (`Transfer`), across machines too: its order of calls and what it announces are tested against vLLM's own
-receiver on CPU, its NCCL part has not been run yet. The logprob probe follows either way.
+receiver on CPU, its NCCL part has not been run yet. Either way every worker of every engine answers with the checksum
+of what it loaded, and the logprob probe follows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flywheel_tasks.core.errors import FlywheelError, InputError
+from flywheel_tasks.models import arrival
+from flywheel_tasks.models.arrival import Checksum
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightSource
@@ -34,6 +37,7 @@ Weights = Mapping[str, Any] | Iterable[tuple[str, Any]]
 class WeightSync:
     """Methods that vLLM mixes into its workers (`worker_extension_cls`)."""
 
+    checksum: Checksum
     model_runner: Any
     device: Any
     reload_weights: Callable[..., None]
@@ -41,13 +45,24 @@ class WeightSync:
     def gpu_name(self) -> str | None:
         return gpu(self.device)
 
-    def load_synced(self, path: str) -> None:
-        """Serve the weights in `path`, a safetensors file or a folder of them, whole."""
-        model = self.model_runner.get_model()
+    def load_synced(self, path: str) -> str:
+        """Serve the weights in `path`, a safetensors file or a folder of them, whole; gives their checksum."""
+        model, checksum = self.model_runner.get_model(), Checksum()
         files = safetensors_files(Path(path))
         self._check_complete(files)
-        self.reload_weights(weights_iterator=_tensors(files))
+        self.reload_weights(weights_iterator=checksum.over(_tensors(files)))
         self._pack(model)
+        return checksum.value()
+
+    def begin_checksum(self) -> None:
+        """From now on what goes into the model is counted: vLLM's receiver hands it over in pieces."""
+        model, self.checksum = self.model_runner.get_model(), Checksum()
+        plain, over = model.load_weights, self.checksum.over
+        model.load_weights = lambda weights: plain(over(weights))
+
+    def end_checksum(self) -> str:
+        del self.model_runner.get_model().load_weights
+        return self.checksum.value()
 
     def pack_tied_head(self) -> None:
         self._pack(self.model_runner.get_model())
@@ -139,12 +154,19 @@ class Transfer:
         info = NCCLTrainerInitInfo(
             master_address=address, master_port=get_open_port(), world_size=1 + engine_gpus, rank=0
         )
+        self._checksum, self._calls = Checksum(), Calls(call)
         self._sender = NCCLTrainerWeightTransferEngine.trainer_init(
-            info, client=Calls(call), source=source(declare, weights)
+            info, client=self._calls, source=source(declare, lambda: self._checksum.over(weights()))
         )
 
     def send(self) -> None:
+        """vLLM packs on streams of its own, which do not wait for the one that the optimiser's step is still on."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
         self._sender.send_weights()
+        arrival.check(self._checksum.value(), self._calls.loaded)
 
 
 def source(
@@ -168,6 +190,8 @@ class Calls:
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
+        self.loaded: list[str] = []
+        """What each worker of the engines says that it loaded."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("init_weight_transfer_engine", init_info)
@@ -179,7 +203,7 @@ class Calls:
         self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update")
+        self.loaded = self._call("finish_weight_update")
 
 
 def safetensors_files(path: Path) -> list[Path]:

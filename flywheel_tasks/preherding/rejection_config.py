@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from flywheel_tasks.core.config import ModelConfig, Operational, StageConfig, model_of
-from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.engine_config import EngineConfig, SamplingConfig
 from flywheel_tasks.style.monitor import StyleConfig
 
 Signal = Literal["continue", "thumb_up"]
@@ -42,11 +42,12 @@ class RejectionConfig(StageConfig):
         2, ge=1, description="policies that the pool must have; 1 says that a single one is meant"
     )
     engine: EngineConfig = EngineConfig()
-    sampling: Sampling = Sampling(k=8)
+    sampling: SamplingConfig = SamplingConfig(k=8)
     threshold: ThresholdConfig = ThresholdConfig()
     signals: dict[str, float] = Field(
         {"continue": 0.25, "thumb_up": 0.25},
-        description="weight of each user signal in the ranking, beside 1 for the reward, in standard deviations",
+        description="weight of each user signal in the ranking, beside 1 for the reward, in standard deviations "
+        "within a prompt",
     )
     style: StyleConfig = StyleConfig()
     keep_unfinished: bool = Field(

@@ -26,7 +26,8 @@ from flywheel_tasks.models.resolve import artifact_folder
 from flywheel_tasks.models.score import Scorer, ScoreRow, while_or_after
 from flywheel_tasks.preherding import router, selection
 from flywheel_tasks.preherding.rejection_config import RejectionConfig
-from flywheel_tasks.preherding.selection import NONE, Floats
+from flywheel_tasks.preherding.selection import NONE
+from flywheel_tasks.stats.within import Floats
 from flywheel_tasks.style import monitor
 
 SOURCE = {"internal": "internal_rjs", "production": "user_rjs"}
@@ -161,7 +162,7 @@ def _choose(
     rule = config.threshold
     by = router.segment_names({name: prompts[name].to_pylist() for name in rule.by}, prompts.num_rows)
     tau = selection.thresholds(highest, by, value=rule.value, quantile=rule.quantile)
-    rank = selection.ranking(reward, {**scores, "reward": reward}, config.signals)
+    rank = selection.ranking(prompt, reward, scores, config.signals)
     kept = selection.choose(prompt, reward, rank, tau)
     accepted = np.zeros(len(reward), bool)
     accepted[kept[kept != NONE]] = True

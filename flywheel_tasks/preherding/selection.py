@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from flywheel_tasks.stats import within
+from flywheel_tasks.stats.within import Floats, Ints
 
 NONE = -1
 
@@ -38,15 +37,16 @@ def thresholds(
     return tau
 
 
-def ranking(reward: Floats, signals: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
-    """The reward with the user signals beside it, each in its own standard deviations (Sec. 2.4.1). A signal that is
-    missing neither helps nor harms.
+def ranking(prompt: Ints, reward: Floats, signals: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
+    """The reward with the user signals beside it (Sec. 2.4.1), each as its distance from the mean of its prompt in
+    standard deviations within a prompt: eq. 1 leaves a constant of each prompt open, and pooled over prompts such
+    constants would decide what a signal weighs. A signal that is missing neither helps nor harms.
 
     Without weights this is the reward's own order, and the choice is Algorithm 1's to the letter.
     """
-    total = _standard(reward)
+    total = _standard(prompt, reward)
     for name, weight in weights.items():
-        total = total + weight * np.nan_to_num(_standard(signals[name]))
+        total = total + weight * np.nan_to_num(_standard(prompt, signals[name]))
     return total
 
 
@@ -76,7 +76,6 @@ def best_of(reward: Floats, k: int) -> list[float]:
     return curve
 
 
-def _standard(values: Floats) -> Floats:
-    known = values[np.isfinite(values)]
-    spread = known.std() if known.size else 0.0
-    return (values - known.mean()) / spread if spread > 0 else np.where(np.isfinite(values), 0.0, np.nan)
+def _standard(prompt: Ints, values: Floats) -> Floats:
+    apart, spread = within.deviations(prompt, values), within.spread(prompt, values)
+    return apart / spread if spread > 0 else np.where(np.isfinite(values), 0.0, np.nan)

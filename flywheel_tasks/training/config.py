@@ -30,6 +30,9 @@ class PlacementConfig(StageConfig):
     cpus: float | None = Field(None, gt=0, description="cores per worker (empty: a fair share of this machine)")
     gpus: int = Field(0, ge=0, le=1, description="GPUs per worker")
     shard: bool = Field(False, description="spread weights and optimiser over the workers (FSDP2), for large models")
+    checkpoint_layers: bool = Field(
+        False, description="keep the inputs of layers alone and compute them twice: less memory, a third more time"
+    )
     token_budget: int = Field(8192, ge=1, description="tokens of one forward and backward pass")
     save_every: int = Field(50, ge=1, description="optimiser steps between the states a killed run resumes from")
     deadline_s: float = Field(900, gt=0, description="most seconds for a step, a collective or a start before it fails")

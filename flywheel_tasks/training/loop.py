@@ -133,6 +133,8 @@ def _start(job: Job, world: World, link: Link) -> _Run:
     torch.manual_seed(job.seed)
     module = shard.build(job.task, world) if world.sharded else job.task.build(world.device)
     module.train()
+    if job.placement.checkpoint_layers:
+        module.checkpoint_layers()  # type: ignore[operator]
     table = job.rows.open() if job.rows else None
     if table is not None and job.task.prepare is not None:
         values = prepared.prepare(job.task, module, table, job.folder, world, job.placement.token_budget, link.alive)

@@ -95,7 +95,8 @@ class Optimiser:
 
     def _like(self, master: Tensor, saved: Tensor, key: str) -> Tensor:
         if key == "step":
-            return saved.clone()
+            # The fused kernel counts steps on the parameter's device, the other one on the CPU.
+            return saved.to(master.device if self._adam.defaults["fused"] else saved.device, copy=True)
         moment = torch.zeros_like(master)
         local(moment).copy_(saved)
         return moment

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from flywheel_tasks.herding.rl_hooks import Batches, Sync, _kl_to_start
 from flywheel_tasks.herding.rollouts import Drawn
+from flywheel_tasks.models.arrival import Checksum
 from flywheel_tasks.models.checkpoint import merged_shapes, merged_weights
 from flywheel_tasks.models.engine_config import Sampling
 from flywheel_tasks.models.engine_wire import Completion, Request
@@ -56,12 +57,13 @@ class Served:
         answer = self.ask(name, *arguments)
         return lambda: answer
 
-    def serve(self, path: str) -> float:
+    def serve(self, path: str) -> list[str]:
         from safetensors.torch import load_file
 
-        self.weights = load_file(path)
+        checksum = Checksum()
+        self.weights = dict(checksum.over(load_file(path).items()))
         self._model.load_state_dict(self.weights)
-        return 0.0
+        return [checksum.value()]
 
     def gpus(self) -> list[str]:
         return []

@@ -18,7 +18,7 @@ from flywheel_tasks.herding.guardrail import GuardrailConfig, Level, measure, ne
 from tests.herding.rl_tables import completions
 
 CONFIG = GuardrailConfig()
-ORDER = ("go", "soft", "hard")
+ORDER = ("lost", "go", "soft", "hard")
 rate = st.floats(0, 1)
 
 
@@ -31,8 +31,10 @@ def emoji(table: pa.Table) -> np.ndarray:
     return np.array([text.count("😀") for text in table["text"].to_pylist()], float)
 
 
-def level(step: int, *rates: float) -> Level:
-    return Level(step, dict(zip(("pointwise", "pairwise"), rates, strict=False)))
+def level(step: int, *rates: float, half: float = 0.5) -> Level:
+    """A measurement whose intervals reach `half` beyond its win-rates."""
+    judged = dict(zip(("pointwise", "pairwise"), rates, strict=False))
+    return Level(step, judged, {judge: min(rate + half, 1.0) for judge, rate in judged.items()})
 
 
 # -- measures
@@ -50,7 +52,7 @@ def test_win_rates_by_both_judges_with_ties_half() -> None:
     assert metrics["guard/win_rate"] == 0.625
     assert metrics["guard/win_rate_pointwise_low"] <= 0.5 <= metrics["guard/win_rate_pointwise_high"]
     assert (metrics["guard/kl"], metrics["guard/entropy"]) == (0.02, 1.5)
-    assert of_metrics(20, json.loads(json.dumps(metrics))) == Level(20, found.rates)
+    assert of_metrics(20, json.loads(json.dumps(metrics))) == Level(20, found.rates, found.highs)
     assert of_metrics(21, {"loss": 1.0}) is None
 
 
@@ -135,16 +137,48 @@ def test_a_judge_that_was_given_and_read_nothing_is_not_an_absent_one(blind: str
 # -- decisions
 
 
-@given(rate, rate, rate, rate)
-def test_more_wins_never_make_a_verdict_milder(a: float, b: float, more_a: float, more_b: float) -> None:
-    low = verdict(level(1, min(a, more_a), min(b, more_b)), CONFIG).level
-    high = verdict(level(1, max(a, more_a), max(b, more_b)), CONFIG).level
+@given(rate, rate, rate, rate, st.floats(0, 0.5))
+def test_more_wins_never_lower_a_verdict(a: float, b: float, more_a: float, more_b: float, half: float) -> None:
+    low = verdict(level(1, min(a, more_a), min(b, more_b), half=half), CONFIG).level
+    high = verdict(level(1, max(a, more_a), max(b, more_b), half=half), CONFIG).level
     assert ORDER.index(low) <= ORDER.index(high)
 
 
-@given(rate, rate)
-def test_the_judge_that_is_won_over_decides(a: float, b: float) -> None:
-    assert verdict(level(1, a, b), CONFIG).level == verdict(level(1, max(a, b)), CONFIG).level
+@given(rate, rate, st.floats(0, 0.5))
+def test_the_judge_that_is_won_over_decides(a: float, b: float, half: float) -> None:
+    assert verdict(level(1, a, b, half=half), CONFIG).level == verdict(level(1, max(a, b), half=half), CONFIG).level
+
+
+@pytest.mark.parametrize(
+    ("rates", "half", "expected"),
+    [((0.21, 0.12), 0.06, "lost"), ((0.05, 0.08), 0.05, "lost"), ((0.44, 0.40), 0.06, "go"),
+     ((0.44, 0.40), 0.05, "lost"), ((0.52, 0.20), 0.06, "go"), ((0.30, 0.30), 0.25, "go")],
+)  # fmt: skip
+def test_a_policy_that_every_judge_is_sure_is_worse_ends_the_run(
+    rates: tuple[float, ...], half: float, expected: str
+) -> None:
+    found = verdict(level(30, *rates, half=half), CONFIG)
+    assert found.level == expected
+    assert "step 30" in found.reason
+    assert "\n" not in found.reason
+
+
+def test_a_certain_loss_is_measured_logged_and_read_again() -> None:
+    now, start = said(["a"] * 70), said(["b"] * 70)
+    worse = np.arange(70) % 10 < 1
+    found = measure(5, now, start, pointwise=(worse * 2.0, np.ones(70)), pairwise=np.full(70, 0.1), config=CONFIG)
+    again = of_metrics(5, json.loads(json.dumps(found.metrics())))
+    assert again is not None
+    assert verdict(found, CONFIG) == verdict(again, CONFIG)
+    assert verdict(found, CONFIG).level == "lost"
+
+
+def test_a_checkpoint_that_certainly_lost_is_never_handed_out() -> None:
+    lost = [level(10, 0.21, 0.12, half=0.06), level(20, 0.05, 0.08, half=0.05)]
+    with pytest.raises(FlywheelError, match=r"steps 10, 20 certainly lost to the start.*rl\.train\.learning_rate"):
+        nearest(lost, [10, 20], CONFIG)
+    assert nearest([level(5, 0.47, half=0.06), *lost], [5, 10, 20], CONFIG) == 5
+    assert guardrail.trusted([level(5, 0.47, half=0.06), *lost], [5, 10, 20], CONFIG) == {5: 0.47}
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from tests.herding import rl_world
         ({"loss": {"kind": "online_dpo", "updates": 2}}, "leave it at 1"),
         ({"lora": {"dropout": 0.1}}, "nothing may drop"),
         ({"placement": {"shard": True}}, "set workers to 2 or more"),
+        ({"placement": {"gpus": 1}, "tensor_parallel": 4}, "GPUs of the learners .* set rollout_gpus to 4"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(changes: dict[str, Any], why: str) -> None:
@@ -40,6 +41,11 @@ def test_an_ab_of_the_two_losses_is_one_key() -> None:
     differ = {name for name in RlConfig.model_fields if getattr(one, name) != getattr(other, name)}
     assert differ == {"loss"}
     assert one.loss.model_copy(update={"kind": "online_dpo"}) == other.loss
+
+
+def test_learners_and_engines_with_gpus_of_their_own_are_accepted() -> None:
+    assert RlConfig(placement={"gpus": 1}, rollout_gpus=1).rollout_gpus == 1
+    assert RlConfig(rollout_gpus=0).placement.gpus == 0
 
 
 @given(st.integers(1, 500), st.integers(1, 64), st.integers(1, 5), st.integers(1, 200), st.sampled_from([1, 2, 5]))

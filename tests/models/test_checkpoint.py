@@ -80,13 +80,71 @@ def test_merging_is_peft_s_own_and_leaves_the_policy_alone(tiny_model: Path) -> 
         torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_bfloat16_weights_are_rounded_once(tiny_model: Path) -> None:
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def exact_query(policy: Policy) -> torch.Tensor:
+    module = policy.blocks[0].self_attn.q_proj
+    return (module.base_layer.weight.float() + module.get_delta_weight("default").float()).detach()
+
+
+def test_bfloat16_weights_are_rounded_once_to_a_neighbour(tiny_model: Path) -> None:
     policy = trained(tiny_model, dtype=torch.bfloat16)
     weights = dict(merged_weights(policy))
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    module = policy.blocks[0].self_attn.q_proj
-    exact = module.base_layer.weight.float() + module.get_delta_weight("default").float()
-    assert torch.equal(weights["model.layers.0.self_attn.q_proj.weight"], exact.to(torch.bfloat16))
+    exact, found = exact_query(policy), weights[QUERY].float()
+    step = (exact.view(torch.int32) & ~0x7FFFFF).view(torch.float32).abs() / 128  # between two of bfloat16's numbers
+    assert bool(((found - exact).abs() < step).all())
+    up = found.abs() > exact.abs()
+    assert 0.4 < float(up.float().mean()) < 0.6
+
+
+@pytest.fixture(scope="module")
+def broad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bfloat16 model with enough weights for chance to even out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("broad")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("learned", [1e-6, 1e-5, 1e-4])
+def test_what_is_served_is_what_was_learned_even_of_a_single_update(broad: Path, learned: float) -> None:
+    """Changes from a few thousandths of bfloat16's step on: to the nearest, 2 % of the first would be served."""
+    policy = load_policy(broad, lora=Lora(rank=4), dtype=torch.bfloat16)
+    before = {name: tensor.float() for name, tensor in merged_weights(policy)}
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=learned, generator=torch.Generator().manual_seed(1))
+    served = change = torch.zeros(())
+    for name, tensor in merged_weights(policy):
+        layer, _, leaf = name.removeprefix("model.layers.").partition(".")
+        if leaf.endswith("proj.weight"):
+            module = policy.blocks[int(layer)].get_submodule(leaf.removesuffix(".weight"))
+            delta = module.get_delta_weight("default").float()
+            served, change = served + ((tensor.float() - before[name]) * delta).sum(), change + delta.square().sum()
+    assert float(served / change) == pytest.approx(1, abs=0.1 if learned < 1e-5 else 0.03)
+
+
+def test_weights_are_rounded_the_same_way_every_time_and_unchanged_ones_not_at_all(tiny_model: Path) -> None:
+    policy = trained(tiny_model, dtype=torch.bfloat16)
+    one, other = dict(merged_weights(policy)), dict(merged_weights(policy))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    fresh = load_policy(tiny_model, lora=RANK4, dtype=torch.bfloat16)
+    base = load_file(tiny_model / "model.safetensors")
+    assert all(torch.equal(tensor, base[name].bfloat16()) for name, tensor in merged_weights(fresh))
+
+
+def test_full_precision_is_merged_exactly(tiny_model: Path) -> None:
+    policy = trained(tiny_model)
+    assert torch.equal(dict(merged_weights(policy))[QUERY], exact_query(policy))
 
 
 def test_a_model_with_weights_missing_is_refused_not_made_up(tiny_model: Path, tmp_path: Path) -> None:

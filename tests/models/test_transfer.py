@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ import torch
 from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.models import engine_wire as wire
+from flywheel_tasks.models.arrival import Checksum
 from flywheel_tasks.models.engine import Engine
 from flywheel_tasks.models.engine_config import EngineConfig
 from flywheel_tasks.models.engine_link import EngineLost
-from flywheel_tasks.models.sync import Transfer, from_device
+from flywheel_tasks.models.sync import Calls, Transfer, WeightSync, from_device
 
 REPLICAS, PER_ENGINE = 2, 2
 WEIGHTS = {"model.norm.weight": torch.ones(4), "lm_head.weight": torch.zeros(6, 4, dtype=torch.bfloat16)}
@@ -24,9 +27,12 @@ WEIGHTS = {"model.norm.weight": torch.ones(4), "lm_head.weight": torch.zeros(6, 
 class Line:
     """A link to an engine that does what it is told, or is lost; orders go through the wire's own encoding."""
 
-    def __init__(self, lost_at: str = "") -> None:
+    def __init__(self, lost_at: str = "", loaded: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
         self.orders: list[wire.Transfer] = []
         self.lost_at = lost_at
+        checksum = Checksum()
+        deque(checksum.over(loaded), maxlen=0)
+        self.loaded = [checksum.value()] * PER_ENGINE
 
     def call(self, order: wire.Order, seconds: float) -> wire.Answer:
         found = wire.order(wire.encode(order))
@@ -34,7 +40,7 @@ class Line:
         if found.method == self.lost_at:
             raise EngineLost("its process ended")
         self.orders.append(found)
-        return wire.Done(0.0)
+        return wire.Done(0.0, self.loaded if found.method == "finish_weight_update" else [])
 
     def kill(self) -> None: ...
 
@@ -78,7 +84,7 @@ def test_vllms_handshake_gives_every_worker_of_every_engine_its_rank(monkeypatch
         nccl_engine.NCCLTrainerWeightTransferEngine, "_broadcast",
         lambda self, source, meta: sent.extend(self._checked_iter(source, meta)),
     )  # fmt: skip
-    lines = [Line() for _ in range(REPLICAS)]
+    lines = [Line(loaded=WEIGHTS.items()) for _ in range(REPLICAS)]
     engine = engine_of(*lines)
     way = Transfer(
         engine.transfer, lambda: [(n, t.dtype, tuple(t.shape)) for n, t in WEIGHTS.items()],
@@ -103,6 +109,24 @@ def test_vllms_handshake_gives_every_worker_of_every_engine_its_rank(monkeypatch
         assert dict(zip(update.names, update.shapes, strict=True)) == {n: list(t.shape) for n, t in WEIGHTS.items()}
         assert [getattr(torch, name) for name in update.dtype_names] == [t.dtype for t in WEIGHTS.values()]
     assert sent == list(WEIGHTS.items())
+    lines[1].loaded[1] = "another"
+    with pytest.raises(FlywheelError, match="did not load the weights that the learner sent: 1 of 4 workers"):
+        way.send()
+
+
+def test_nothing_is_sent_before_the_learners_step_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order alone: without a GPU there is no stream to wait for."""
+    came: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: came.append("step done"))
+    )
+    way = object.__new__(Transfer)
+    way._checksum, way._calls = Checksum(), Calls(lambda *_: None)
+    way._calls.loaded = [Checksum().value()]
+    way._sender = SimpleNamespace(send_weights=lambda: came.append("sent"))
+    way.send()
+    assert came == ["step done", "sent"]
 
 
 def test_an_engine_lost_while_it_takes_weights_is_one_line() -> None:
@@ -126,3 +150,20 @@ def test_nothing_is_sent_into_a_round() -> None:
     threading.Thread(target=entered).start()
     with pytest.raises(FlywheelError, match="updated between rounds"):
         engine.transfer("start_weight_update")
+
+
+def test_what_comes_in_pieces_is_counted_once_and_the_model_left_as_it_was() -> None:
+    class Model(torch.nn.Module):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            return {name for name, _ in weights}
+
+    model, worker, whole = Model(), WeightSync(), Checksum()
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    deque(whole.over(WEIGHTS.items()), maxlen=0)
+    expected = whole.value()
+    for _ in range(2):
+        worker.begin_checksum()
+        for one in WEIGHTS.items():
+            assert model.load_weights([one]) == {one[0]}
+        assert worker.end_checksum() == expected
+        assert "load_weights" not in vars(model)

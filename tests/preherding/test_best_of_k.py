@@ -12,7 +12,7 @@ import pytest
 from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.store import Store
 from flywheel_tasks.models.chat import Template, card_of, load_tokenizer
-from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.engine_config import EngineConfig, SamplingConfig
 from flywheel_tasks.models.generate import cards
 from flywheel_tasks.models.score import Scorer, ScoreRow
 from flywheel_tasks.preherding.rejection_config import RejectionConfig, ThresholdConfig
@@ -85,7 +85,7 @@ def test_the_best_of_k_earns_what_the_policys_own_distribution_says(
         policy=ModelConfig(path=str(tiny_model)),
         least_policies=1,
         engine=EngineConfig(dtype="float32", cache_gib=0.1, context=512),
-        sampling=Sampling(k=K, max_tokens=1),
+        sampling=SamplingConfig(k=K, max_tokens=1),
         threshold=ThresholdConfig(value=-1e6, quantile=None),
         signals={},
         keep_unfinished=True,

@@ -14,7 +14,7 @@ from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.stage import Inputs
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.models import generate
-from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.engine_config import EngineConfig, SamplingConfig
 from flywheel_tasks.preherding.rejection_config import RejectionConfig, ThresholdConfig
 from flywheel_tasks.preherding.rejection_sample import STAGE
 from flywheel_tasks.preherding.responses import SIGNALS
@@ -74,7 +74,7 @@ def sample(
         policy=ModelConfig(path=str(model)),
         least_policies=1,
         engine=EngineConfig(cache_gib=0.1, context=512),
-        sampling=Sampling(k=K, max_tokens=12),
+        sampling=SamplingConfig(k=K, max_tokens=12),
         **{"keep_unfinished": True, **changes},
     )
     return run(STAGE, store, config, inputs, key=key)

@@ -91,6 +91,23 @@ def test_a_restored_optimiser_goes_on_to_the_last_bit(dtype: torch.dtype) -> Non
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_resumed_step_count_is_where_its_kernel_wants_it(sharded: bool) -> None:
+    """`meta` stands in for a GPU: what was saved is on the CPU, and the fused kernel refuses a count that is not on the
+    device of the weights."""
+    first = Optimiser(_module(torch.float32), learning_rate=0.1, weight_decay=0)
+    first.gradients()
+    first.step(1.0)
+    saved = {name: tensor.clone() for name, tensor in first.state().items()}
+    module = _module(torch.float32).to("meta")
+    again = Optimiser(module, learning_rate=0.1, weight_decay=0, sharded=sharded)
+    again.restore(saved)
+    counts = {name: tensor.device.type for name, tensor in again.state().items() if name.startswith("step/")}
+    assert set(counts.values()) == {"cpu" if sharded else "meta"}
+    again.gradients()
+    again.step(1.0)
+
+
 def test_the_state_of_another_model_is_refused() -> None:
     optimiser = Optimiser(_module(torch.float32), learning_rate=0.1, weight_decay=0)
     with pytest.raises(ValueError, match="another model"):

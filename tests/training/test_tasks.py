@@ -17,7 +17,7 @@ from flywheel_tasks.models.lora import Lora
 from flywheel_tasks.training import dpo, preference, rows, sft, signal
 from flywheel_tasks.training.step import World
 from flywheel_tasks.training.task import Step, Task
-from tests.training import bags, chats
+from tests.training import bags, chats, pair
 
 LORA = Lora(rank=4, alpha=8)
 CPU = Step(0, 1, torch.device("cpu"))
@@ -206,3 +206,24 @@ def test_a_published_scorer_scores_as_the_trained_one(tiny_model: Path, template
     with torch.no_grad():
         chosen, rejected = scorer(pack(rows.sequences(table)[0]))[:, 0].view(-1, 2).unbind(1)
     assert (chosen > rejected).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["lora-float32-sft", "full-float32-pointwise", "lora-float32-dpo"])
+def test_layers_that_are_computed_again_keep_less_and_give_the_same_gradient(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    kept: dict[bool, int] = {}
+    for again in (False, True):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(_weighed, sizes), lambda tensor: tensor):
+            told = pair.settings(tiny_model, f"copies-{kind}") | {"steps": 1, "token_budget": 10_000}
+            bags.run(tmp_path / str(again), **told, checkpoint_layers=again)
+        kept[again] = sum(sizes)
+    assert bags.apart(bags.gradient(tmp_path / "False"), bags.gradient(tmp_path / "True")) < 1e-6
+    assert kept[True] < 0.6 * kept[False]
+
+
+def _weighed(sizes: list[int], tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.nn.Parameter):
+        sizes.append(tensor.nbytes)
+    return tensor
