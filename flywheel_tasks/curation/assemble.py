@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,16 @@ Bools = npt.NDArray[np.bool_]
 SPILLED = pa.schema([*schemas.EVENT, pa.field("chunk", pa.int32()), pa.field("line", pa.int64())])
 """A parsed event with pseudonymous `user_id` and `conversation_id`, and its place: chunk of the logs, line in it."""
 
+CONFLICT = "conflicting event_id"
 _MINUTE = 60_000_000
+_DAY = 1440 * _MINUTE
+_REAL_SHARE = 0.01
+"""A day of the logs has at least this share of the busiest day's events; fewer are clocks that run ahead."""
+_WHAT_HAPPENED = ("type", "message_id", "role", "content", "reaction", "image")
+"""What a retry of an event repeats. Its time and the labels of its client may differ."""
+
+Days = dict[int, tuple[int, int]]
+"""Day (from the epoch, UTC) → how many events it has, and the time of its last."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,34 @@ class Rules:
     log_end: int
     continue_minutes: int
     eval_share: float
+
+
+def days(at: pa.ChunkedArray) -> Days:
+    """The days that events fall on."""
+    moments = pc.cast(at, pa.int64())
+    number = pc.cast(pc.cast(at, pa.date32()), pa.int32())
+    found = pa.table({"day": number, "at": moments}).group_by("day").aggregate([("at", "count"), ("at", "max")])
+    return {
+        day: (count, last)
+        for day, count, last in zip(*(found[c].to_pylist() for c in ("day", "at_count", "at_max")), strict=True)
+    }
+
+
+def merged(parts: Iterable[Days]) -> Days:
+    """The days of all parts together."""
+    whole: Days = {}
+    for part in parts:
+        for day, (count, last) in part.items():
+            before, latest = whole.get(day, (0, last))
+            whole[day] = (before + count, max(latest, last))
+    return whole
+
+
+def log_end(found: Days) -> int:
+    """The last event of the last real day. One clock that runs ahead must not tell when the logs end: every
+    conversation that is open at that moment would count as left."""
+    busiest = max((count for count, _ in found.values()), default=0)
+    return max((last for count, last in found.values() if count >= _REAL_SHARE * busiest), default=0)
 
 
 @dataclass(frozen=True)
@@ -41,19 +79,21 @@ class Assembled:
 
 def assemble(events: pa.Table, rules: Rules) -> Assembled:
     """All events of some users, in any order and with repeats, to conversations in order of id."""
+    received = len(events)
+    events, early = _by_then(events, rules.log_end)
     events, repeated = _without_repeats(events)
     is_message = pc.equal(events["type"], "message")
     messages = _in_order(events.filter(is_message))
     messages, doubled = _one_per_message_id(messages)
     signals, orphans = _attach(messages, events.filter(pc.invert(is_message)))
-    rejected = pa.concat_tables([repeated, doubled, orphans])
+    rejected = pa.concat_tables([early, repeated, doubled, orphans])
     starts = _group_starts(_groups(messages["conversation_id"]))
     turns = _turns(messages, starts, signals, rules)
     return Assembled(
         conversations=_conversations(messages, starts, turns, rules),
         activity=activity(messages),
         rejected=rejected,
-        accepted=len(events) + len(repeated) - len(rejected),
+        accepted=received - len(rejected),
     )
 
 
@@ -94,25 +134,44 @@ def _rejection(table: pa.Table, reason: str) -> pa.Table:
     return columns.add_column(0, pa.field("reason", pa.string()), pa.array([reason] * len(table), pa.string()))
 
 
-def _first_of_each(table: pa.Table, name: str) -> tuple[pa.Table, pa.Table]:
-    """Split by (conversation, `name`): the event that stands first in the logs, and its repeats."""
+def _by_then(events: pa.Table, log_end: int) -> tuple[pa.Table, pa.Table]:
+    """Without what is dated more than a day after the logs end: no such moment has been."""
+    beyond = pc.greater(pc.cast(events["at"], pa.int64()), log_end + _DAY)
+    if not pc.any(beyond).as_py():
+        return events, _rejection(events.slice(0, 0), "at_beyond_log")
+    return events.filter(pc.invert(beyond)), _rejection(events.filter(beyond), "at_beyond_log")
+
+
+def _first_of_each(table: pa.Table, name: str) -> tuple[pa.Table, Ints, Ints]:
+    """By (conversation, `name`): the events that stand first in the logs; then the rows of their repeats, and for each
+    of these the row of the first."""
     conversation, other = _groups(table["conversation_id"]), _groups(table[name])
     order = np.lexsort((*_place(table), other, conversation))
     repeat = np.zeros(len(order), np.bool_)
     repeat[1:] = (conversation[order][1:] == conversation[order][:-1]) & (other[order][1:] == other[order][:-1])
+    first = order[np.maximum.accumulate(np.where(repeat, 0, np.arange(len(order))))]
     keep = np.ones(len(order), np.bool_)
     keep[order[repeat]] = False
-    return table.filter(pa.array(keep)), table.filter(pa.array(~keep))
+    return table.filter(pa.array(keep)), order[repeat], first[repeat]
 
 
 def _without_repeats(events: pa.Table) -> tuple[pa.Table, pa.Table]:
-    kept, repeats = _first_of_each(events, "event_id")
-    return kept, _rejection(repeats, "duplicate event_id")
+    """A client that sends an event again says the same again. What says something else is another event under an id
+    that is taken: which of them is true nobody knows, so the first stays and the others are told apart from retries."""
+    kept, rows, firsts = _first_of_each(events, "event_id")
+    again, first = (events.take(pa.array(which)) for which in (rows, firsts))
+    same = np.ones(len(rows), np.bool_)
+    for name in _WHAT_HAPPENED:
+        one, other = again[name], first[name]
+        equal = pc.coalesce(pc.equal(one, other), pc.and_(pc.is_null(one), pc.is_null(other)))
+        same &= equal.to_numpy().astype(np.bool_)
+    retried, conflicts = again.filter(pa.array(same)), again.filter(pa.array(~same))
+    return kept, pa.concat_tables([_rejection(retried, "duplicate event_id"), _rejection(conflicts, CONFLICT)])
 
 
 def _one_per_message_id(messages: pa.Table) -> tuple[pa.Table, pa.Table]:
-    kept, repeats = _first_of_each(messages, "message_id")
-    return kept, _rejection(repeats, "duplicate message_id")
+    kept, rows, _ = _first_of_each(messages, "message_id")
+    return kept, _rejection(messages.take(pa.array(rows)), "duplicate message_id")
 
 
 def _in_order(messages: pa.Table) -> pa.Table:

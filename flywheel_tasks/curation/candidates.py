@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flywheel_tasks.curation.identifiers import STREET_SUFFIX, STREET_UNIT, WORD_DIGIT
+from flywheel_tasks.curation.identifiers import STREET_SUFFIX, STREET_UNIT
 from flywheel_tasks.curation.normalise import IntArray, changed_characters
+from flywheel_tasks.curation.phones import WORD_DIGIT
 
 _PARTS: Final[tuple[str, ...]] = (
-    r"[@\x{ff20}\x{fe6b}]|\b(?:arroba|dot|punto)\b|[\[({<]\s{0,3}(?:at|dot|\.)\s{0,3}[\])}>]",
+    r"[@\x{ff20}\x{fe6b}]|%40|\b(?:arroba|dot|punto|ponto)\b|[\[({<]\s{0,3}(?:at|dot|\.)\s{0,3}[\])}>]",
     r"\b(?:gmail|googlemail|yahoo|hotmail|outlook|icloud|proton|protonmail|aol|gmx|yandex|rediffmail)\b",
     r"://|\bwww\.|[a-z0-9-]\.(?:com|net|org|edu|gov|io|info|biz|xyz|co\.uk|co\.in|com\.br)\b|[a-z0-9-]\.[a-z.]{2,6}/",
     r"\d(?s:.{0,4}?\d){5}|\d\.\d{1,3}\.\d|[0-9a-f]{0,4}:[0-9a-f]{0,4}:",

@@ -42,7 +42,10 @@ def presidio(names: tuple[str, ...], minimum_score: float, seconds: float) -> De
             raise ConfigError(f"config key 'filter.privacy.presidio': '{name}' is no pattern recognizer of presidio")
         instance: Any = recognizer()
         entity = instance.supported_entities[0]
+        checks = type(instance).validate_result is not PatternRecognizer.validate_result
         for pattern in instance.patterns:
+            if not checks and pattern.score < minimum_score:
+                continue  # it never counts, and looks ahead through the whole text (InPanRecognizer)
             expression = regex.compile(pattern.regex, instance.global_regex_flags)
             compiled.append((instance, _NAMES.get(entity, entity), pattern.score, expression))
 

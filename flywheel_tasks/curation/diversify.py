@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flywheel_tasks.curation.prune import Farthest
 
 DIMENSIONS = ("first_turn", "locale", "language", "jtbd", "depth")
-REASONS = ("no_user_turn", "no_embedding", "repeated_text", "near_duplicate")
+REASONS = ("no_user_turn", "no_embedding", "repeated_text", "near_duplicate", "over_proportion")
 _COVERAGE_ROWS = 50_000
 
 
@@ -90,7 +90,7 @@ def run(inputs: Inputs, config: DiversifyConfig, out: Output) -> None:
         order, copies = prompts.order(), prompts.copies()
         found = prune.redundancies(prompts.vectors, order, config.block_rows, out.seed)
         kept = prune.keep(found.redundancy, order, copies, config.proportion)
-        fate = _fates(prompts, kept)
+        fate = _fates(prompts, kept, found)
         traffic = _write(source.batches(), prompts, fate, found, job, jobs, out)
         report = _report(prompts, found, kept, copies, fate, config, out.seed)
         report["examples"] = _examples(prompts, found, kept, config.examples)
@@ -101,13 +101,17 @@ def run(inputs: Inputs, config: DiversifyConfig, out: Output) -> None:
             out.metric(name, report[name])
 
 
-def _fates(prompts: "Corpus", kept: NDArray[np.int64]) -> NDArray[np.int8]:
+def _fates(prompts: "Corpus", kept: NDArray[np.int64], found: "Farthest") -> NDArray[np.int8]:
     """Per row: -1 where it stays, else the index in REASONS of why it does not."""
+    from flywheel_tasks.curation.cluster import similarity
+    from flywheel_tasks.curation.coverage import NEAR
+
     text, known = prompts.text, prompts.text >= 0
     stays = np.append(kept, 0)[text]
     usable = np.append(prompts.valid, False)[text]
+    near = np.append(similarity(found.redundancy) >= NEAR, False)[text]
     return np.select(
-        [~known, ~usable, prompts.rank() < stays, stays > 0], [0, 1, -1, 2], default=3
+        [~known, ~usable, prompts.rank() < stays, stays > 0, near], [0, 1, -1, 2, 3], default=4
     ).astype(np.int8)  # fmt: skip
 
 

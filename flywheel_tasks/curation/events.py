@@ -39,21 +39,41 @@ _DECODER = msgspec.json.Decoder(Event)
 _FIELD = re.compile(r" - at `\$(?:\[\d+\])?\.?(\w*)`")
 _IDS = ("event_id", "conversation_id", "message_id", "user_id", "character_id")
 _LONGEST_ID = 256
+_OPENS, _CLOSES = b"{}"
+_LOCALE = re.compile(
+    r"[A-Za-z]{2,3}(?:[_-][A-Za-z]{4})?(?:[_-](?:[A-Za-z]{2}|[0-9]{3}))?(?:[_-][A-Za-z][A-Za-z0-9]{1,7}){0,2}"
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:+=-]{0,255}")
+_OPAQUE = re.compile(
+    r"(?<![A-Za-z0-9])(?:[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|(?=\d*[a-f])[0-9a-f]{8,64})(?![A-Za-z0-9])", re.I
+)
+"""A UUID or a digest: its digits are nobody's number."""
+_LONG_NUMBER = re.compile(r"\d(?:[_./:+=-]?\d){8,}")
 _EPOCH, _MICROSECOND = datetime.datetime(1970, 1, 1), datetime.timedelta(microseconds=1)
 _FIRST_MOMENT, _LAST_MOMENT = ((m - _EPOCH) // _MICROSECOND for m in (datetime.datetime.min, datetime.datetime.max))
+_LABELS = (
+    ("locale", _LOCALE, "not a language tag such as en_US"),
+    ("model_version", _VERSION, "not a plain name"),
+    ("character_id", _NAME, "not a plain name"),
+)
+"""What travels unscrubbed into prompts, reports and exposures: it must have no room for an identifier."""
 _REQUIRED = (("message", "role"), ("message", "content"), ("reaction", "reaction"), ("feedback", "content"))
 
 
 def parse_lines(block: bytes) -> tuple[pa.Table, np.ndarray, list[tuple[int, str, bytes]]]:
     """Typed events, the line of each (from 0), and the refused lines with their reasons. Blank lines are nothing."""
     lines = block.split(b"\n")
-    numbers = [number for number, line in enumerate(lines) if line and not line.isspace()]
+    numbers = [number for number, line in enumerate(lines) if line and line[0] == _OPENS and line[-1] == _CLOSES]
     refused: list[tuple[int, str, bytes]] = []
     try:
         events = _DECODER.decode_lines(block)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         events = []
-    if len(events) != len(numbers):  # a bad line, or one that holds two objects: look at each line alone
+    # As many objects as lines is not one a line: a line of two makes up for an object over two. But where every line
+    # opens and closes a brace, no object crosses a line, for within one nothing opens right after a closing brace.
+    if not len(events) == len(numbers) == len(lines) - lines.count(b""):
+        numbers = [number for number, line in enumerate(lines) if line and not line.isspace()]
         events, numbers, refused = _parse_each(lines, numbers)
     table = _columns(events)
     return _check(table, np.asarray(numbers, np.int64), lines, refused)
@@ -121,6 +141,11 @@ def _reason(error: Exception) -> str:
     )
 
 
+def _is_label(value: str | None, shape: re.Pattern[str]) -> bool:
+    """Whether a label has its shape, and no number in it that may be a person's."""
+    return value is None or (shape.fullmatch(value) is not None and not _LONG_NUMBER.search(_OPAQUE.sub("", value)))
+
+
 def _columns(events: Sequence[Event]) -> pa.Table:
     arrays = [pa.array([getattr(event, name) for event in events], pa.string()) for name in EVENT.names if name != "at"]
     table = pa.Table.from_arrays(arrays, [name for name in EVENT.names if name != "at"])
@@ -150,13 +175,16 @@ def _timestamp(text: str) -> datetime.datetime | None:
 def _check(
     table: pa.Table, numbers: np.ndarray, lines: Sequence[bytes], refused: list[tuple[int, str, bytes]]
 ) -> tuple[pa.Table, np.ndarray, list[tuple[int, str, bytes]]]:
-    """The rules a type cannot say: real times, usable ids, what each kind of event must carry."""
+    """The rules a type cannot say: real times, usable ids, plain labels, what each kind of event must carry."""
     bad = pa.array(np.full(len(table), None), pa.string())
     bad = pc.if_else(pc.is_null(table["at"]), "at: not a time with a zone (ISO 8601)", bad)
     for name in _IDS:
         length = pc.binary_length(table[name])
         bad = pc.if_else(pc.equal(length, 0), f"{name}: empty", bad)
         bad = pc.if_else(pc.greater(length, _LONGEST_ID), f"{name}: longer than {_LONGEST_ID} bytes", bad)
+    for name, shape, fault in _LABELS:
+        if odd := [value for value in pc.unique(table[name]).to_pylist() if not _is_label(value, shape)]:
+            bad = pc.if_else(pc.is_in(table[name], pa.array(odd, pa.string())), f"{name}: {fault}", bad)
     for kind, name in _REQUIRED:
         absent = pc.and_(pc.equal(table["type"], kind), pc.is_null(table[name]))
         bad = pc.if_else(absent, f"missing {name}", bad)

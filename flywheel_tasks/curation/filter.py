@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +25,13 @@ from flywheel_tasks.curation.prompts import PromptConfig
 from flywheel_tasks.curation.safety import SafetyConfig
 
 _BATCH = 2048
-_LOCALE = re.compile(r"[A-Za-z]{2,3}([_-][A-Za-z0-9]{2,8}){0,3}")
-_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+_REAL_SHARE = 0.1
+"""A day of the traffic has at least this share of the busiest day's conversations."""
+_NO_NAMES = (
+    "names of people are not looked for: set filter.privacy.token_model to a model that finds them, such as a "
+    "transformers token classifier with PER labels"
+)
+_log = logging.getLogger(__name__)
 
 
 class FilterConfig(StageConfig):
@@ -73,6 +78,8 @@ def run(inputs: Inputs, config: FilterConfig, out: Output) -> None:
     prompts and responses drop theirs, and a classifier that fails or hangs rejects the row, never passes it. Then tell
     the language of every turn, and cut the clean conversations into prompts. Rejected rows keep ids and a reason, no
     text; the report holds counts only."""
+    for warning in _warnings(config):
+        _log.warning("filter: %s", warning)
     reader = inputs["conversations"]
     champion = config.prompts.champion or latest_version(reader)
     specs = (out.parts("conversations"), out.parts("prompts"), out.parts(QUARANTINE))
@@ -121,7 +128,8 @@ def clean_block(task: _Task) -> _Done:
 
 
 def latest_version(reader: TableReader) -> str | None:
-    """The version with most production conversations among those that ended on the last day of the traffic."""
+    """The version with most production conversations among those that ended on the last real day of the traffic: one
+    clock that runs ahead, or the first minutes of a day, do not say what is in production."""
     ends: Counter[tuple[Any, str]] = Counter()
     for batch in reader.batches(["source", "model_version", "turns.list.element.at"]):
         said = pc.greater(pc.list_value_length(batch["turns"]), 0)
@@ -134,18 +142,24 @@ def latest_version(reader: TableReader) -> str | None:
         ends.update(zip(days, used["model_version"].to_pylist(), strict=True))
     if not ends:
         return None
-    final = max(day for day, _ in ends)
+    on_day: Counter[Any] = Counter()
+    for (day, _), count in ends.items():
+        on_day[day] += count
+    final = max(day for day, count in on_day.items() if count >= _REAL_SHARE * max(on_day.values()))
     return max((count, version) for (day, version), count in ends.items() if day == final)[1]
 
 
+def _warnings(config: FilterConfig) -> list[str]:
+    return [] if config.privacy.token_model else [_NO_NAMES]
+
+
 def report(counts: Counter[tuple[str, ...]], rows: int, champion: str | None, config: FilterConfig) -> dict[str, Any]:
-    """Counts by reason, locale and source; a label from a log is shown only where it looks like what it is."""
+    """Counts by reason, locale and source."""
     tables: dict[str, dict[str, Counter[str]]] = {"locale": defaultdict(Counter), "source": defaultdict(Counter)}
     flat: dict[str, Counter[str]] = defaultdict(Counter)
     for key, number in counts.items():
         if key[0] in tables:
-            label = key[1] if key[0] != "locale" or _LOCALE.fullmatch(key[1]) else "malformed"
-            tables[key[0]][label][key[2]] += number
+            tables[key[0]][key[1]][key[2]] += number
         elif key[0] == "entity":
             flat[f"identifiers_{key[2]}"][key[1]] += number
         else:
@@ -163,9 +177,10 @@ def report(counts: Counter[tuple[str, ...]], rows: int, champion: str | None, co
         "code_mixed_user_turns": counts["code_mixed_user_turns",],
         "prompts": {"all": counts["prompts", "all"], "near_policy": counts["prompts", "near_policy"]},
         "prompts_by_depth": dict(flat["prompt_depth"]),
-        "near_policy_version": champion if champion and _VERSION.fullmatch(champion) else None,
+        "near_policy_version": champion,
         "safety_classifier": config.safety.classifier,
         "model_based_privacy": config.privacy.token_model is not None,
+        "warnings": _warnings(config),
     }
 
 

@@ -18,13 +18,13 @@ from pydantic import Field, field_validator
 from flywheel_tasks.compute.blocks import map_blocks
 from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import Operational, StageConfig
-from flywheel_tasks.core.errors import ConfigError
+from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.core.manifest import FileRecord
 from flywheel_tasks.core.output import QUARANTINE, Output
 from flywheel_tasks.core.stage import Inputs, Resources, Stage
 from flywheel_tasks.core.tables import PartSpec, write_part
 from flywheel_tasks.curation import logs, spill
-from flywheel_tasks.curation.assemble import Rules, assemble
+from flywheel_tasks.curation.assemble import CONFLICT, Rules, assemble, log_end, merged
 from flywheel_tasks.curation.characters import read_characters
 
 _MOST_BUCKETS = 4096
@@ -75,10 +75,10 @@ class _Bucket:
 
 
 def run(inputs: Inputs, config: IngestConfig, out: Output) -> None:
-    """Read the raw event logs: refuse malformed lines with file, line number and reason, pseudonymise users, drop
-    duplicates, put late events in order, attach reactions, feedback and regenerations to the response they are about,
-    and derive p(continue). Gives conversations, each user's daily sends, the character cards, and the quarantine, which
-    says where a refused line stands and never repeats it: it may name a person."""
+    """Read the raw event logs: refuse malformed lines, and events dated after the logs end, with file, line number and
+    reason, pseudonymise users, drop duplicates, put late events in order, attach reactions, feedback and regenerations
+    to the response they are about, and derive p(continue). Gives conversations, each user's daily sends, the character
+    cards, and the quarantine, which says where a refused line stands and never repeats it: it may name a person."""
     sources = inputs.sources["logs"]
     if not sources:
         raise ConfigError(
@@ -112,6 +112,8 @@ def run(inputs: Inputs, config: IngestConfig, out: Output) -> None:
             out.reject(_quarantine(spill.read_refused(out.store_uri, path), name, first))
     accepted = _assemble_all(parsed, places, buckets, config, out, share)
     out.account("event", rows_in=sum(p.events + p.refused for p in parsed), rows_out=accepted)
+    if not accepted:
+        raise InputError(_nothing(out, places[0][0] if places else sources[0].name))
 
 
 def assemble_bucket(task: _BucketTask) -> _Bucket:
@@ -143,20 +145,32 @@ def _assemble_all(
     out: Output,
     share: bool,
 ) -> int:
-    last = max((p.last for p in parsed if p.last is not None), default=0)
-    rules = Rules(last, config.continue_minutes, config.eval_share)
+    rules = Rules(log_end(merged(p.days for p in parsed)), config.continue_minutes, config.eval_share)
     spills = tuple(path for p in parsed for path in p.spills)
     specs = (out.parts("conversations"), out.parts("activity"), out.parts(QUARANTINE))
     tasks = [_BucketTask(bucket, spills, tuple(chunks), rules, *specs) for bucket in range(buckets)]
-    accepted = 0
+    accepted = conflicts = 0
     for done, result in enumerate(map_blocks(assemble_bucket, tasks, share=share), start=1):
         out.add("conversations", [result.conversations])
         out.add("activity", [result.activity])
         out.add(QUARANTINE, [result.quarantine])
         out.count_reasons(result.reasons)
         accepted += result.accepted
+        conflicts += result.reasons.get(CONFLICT, 0)
         out.progress(len(parsed) + done, len(parsed) + buckets, "blocks")
+    out.metric("conflicting_event_ids", conflicts)
     return accepted
+
+
+def _nothing(out: Output, log: str) -> str:
+    """Why a whole week of logs gave no event: nothing after it has anything to read."""
+    reasons = out.rows.reasons if out.rows else {}
+    if not reasons:
+        return f"ingest.logs: there is no event in {log} or any other log: check that they are the right files"
+    most = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1])[:5])
+    return (
+        f"ingest.logs: of {sum(reasons.values()):,} events none was accepted ({most}): compare {log} with the contract"
+    )
 
 
 def _first_lines(parsed: Sequence[spill.Parsed]) -> list[tuple[str, int]]:

@@ -67,11 +67,12 @@ def redundancies(vectors: Quantised, order: Rows, cap: int, seed: int) -> Farthe
 def keep(
     redundancy: NDArray[np.float32], order: Rows, copies: NDArray[np.int64], proportion: float
 ) -> NDArray[np.int64]:
-    """How many copies of each distinct row stay: round(proportion x all copies), the least redundant first.
+    """How many copies of each distinct row stay: round(proportion x all copies), at least one, the least redundant
+    first.
 
     Copies beyond the first repeat a kept row outright, so they go before anything else does. `order` settles ties.
     """
-    wanted = round(proportion * int(copies[order].sum()))
+    wanted = max(min(1, len(order)), round(proportion * int(copies[order].sum())))
     kept = np.zeros(len(copies), dtype=np.int64)
     kept[order[np.argsort(redundancy[order], kind="stable")[:wanted]]] = 1
     spare = wanted - int(kept.sum())

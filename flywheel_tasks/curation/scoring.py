@@ -15,7 +15,7 @@ from flywheel_tasks.core.config import ModelConfig, Operational, StageConfig
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.prompts import at_most
 from flywheel_tasks.core.tables import TableReader
-from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.engine_config import EngineConfig, SamplingConfig
 
 SCORES = ("quality", "difficulty")
 _GENERATED_FROM = ["prompt_id", "user", "character_id", "locale", "language", "jtbd", "split", "turns"]
@@ -25,7 +25,7 @@ class ScoringConfig(StageConfig):
     prompts: int = Field(
         20_000, ge=0, description="prompts that are scored, chosen by hash; the rest count as unknown (0: none)"
     )
-    sampling: Sampling = Field(Sampling(k=4), description="the responses to a prompt; a variance needs two")
+    sampling: SamplingConfig = Field(SamplingConfig(k=4), description="the responses to a prompt; a variance needs two")
     engine: EngineConfig = EngineConfig()
     deadline_s: float | None = Field(
         None, gt=0, description="most seconds for all responses", json_schema_extra=Operational

@@ -20,7 +20,7 @@ from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.core.quarantine import FORGOTTEN
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.curation import events, logs
-from flywheel_tasks.curation.assemble import SPILLED
+from flywheel_tasks.curation.assemble import SPILLED, Days, days, merged
 
 REFUSED = pa.schema([("line", pa.int64()), ("reason", pa.string()), ("user", pa.string())])
 _SPILL_ROWS = 60_000
@@ -49,8 +49,7 @@ class Parsed:
     lines: int
     events: int
     refused: int
-    last: int | None
-    """Time of the latest event, in microseconds since the epoch."""
+    days: Days
     spills: tuple[str, ...]
     refused_spills: tuple[str, ...]
 
@@ -151,7 +150,7 @@ class _Spiller:
         self._held: list[pa.Table] = []
         self._refused: list[dict[str, Any]] = []
         self._events = self._refusals = 0
-        self._last: int | None = None
+        self._days: Days = {}
         self._spills: list[str] = []
         self._refused_spills: list[str] = []
 
@@ -179,7 +178,7 @@ class _Spiller:
             lines=self.lines,
             events=self._events,
             refused=self._refusals,
-            last=self._last,
+            days=self._days,
             spills=tuple(self._spills),
             refused_spills=tuple(self._refused_spills),
         )
@@ -193,8 +192,7 @@ class _Spiller:
         table = table.filter(pc.invert(gone))
         self._events += len(table)
         self._held.append(table)
-        last = pc.max(pc.cast(table["at"], pa.int64())).as_py()
-        self._last = max((moment for moment in (last, self._last) if moment is not None), default=None)
+        self._days = merged((self._days, days(table["at"])))
 
     def _user_of(self, line: bytes) -> str | None:
         """Whose line it is, where it can still be told, so that they can have it forgotten."""

@@ -98,6 +98,16 @@ def test_repeats_go_before_anything_else(tmp_path):
     assert artifact.manifest.rows.reasons == {"repeated_text": 59}
 
 
+def test_what_the_proportion_cuts_is_told_from_near_duplicates_and_one_prompt_stays(tmp_path):
+    rows = said("tell me about black holes", "tell me about black holes.", "draw a fox", "I lost my job today")
+    assert diversify(tmp_path, [rows], proportion=0.5).manifest.rows.reasons == {
+        "near_duplicate": 1,
+        "over_proportion": 1,
+    }
+    alone = diversify(tmp_path, [rows[:1]], proportion=0.1)
+    assert alone.table("prompts").rows == 1
+
+
 def test_the_job_to_be_done_is_named_once_and_never_overwritten(tmp_path):
     rows = said("can you send me a selfie please?", "my cat died and I can't stop crying", "hello there")
     rows[2]["jtbd"] = "set_upstream"

@@ -170,21 +170,16 @@ def test_the_report_counts_and_names_nobody(tmp_path: Path) -> None:
     rows = [
         talk(0, *CALM),
         talk(1, f"you can write to me at {EMAIL} tomorrow", "ok", locale="pt_BR", source="internal"),
-        talk(2, "card 4111111111111111", "ok", locale="me@home.example"),
+        talk(2, "card 4111111111111111", "ok", locale="hi_IN"),
     ]
     report = run(tmp_path, rows).json("report")
     assert report["conversations"] == {"in": 3, "out": 2, "rejected": 1}
     assert report["by_reason"] == {"privacy_card": 1}
-    assert report["by_locale"] == {"en_US": {"accepted": 1}, "pt_BR": {"accepted": 1}, "malformed": {"privacy_card": 1}}
+    assert report["by_locale"] == {"en_US": {"accepted": 1}, "pt_BR": {"accepted": 1}, "hi_IN": {"privacy_card": 1}}
     assert report["by_source"] == {"internal": {"accepted": 1}, "production": {"accepted": 1, "privacy_card": 1}}
     assert report["identifiers_masked"] == {"EMAIL": 1}
     text = json.dumps(report)
-    assert not [
-        r
-        for r in rows
-        for secret in (r["user"], r["conversation_id"], "home.example")
-        if f'"{secret}' in text or "home.example" in text
-    ]
+    assert not [r for r in rows for secret in (r["user"], r["conversation_id"]) if f'"{secret}' in text]
 
 
 def _explode(turns: safety.Turns) -> np.ndarray:
@@ -302,6 +297,22 @@ def test_the_newest_version_with_traffic_is_near_policy(tmp_path: Path) -> None:
     prompts = artifact.table("prompts").read().to_pylist()
     assert {p["model_version"] for p in prompts if p["near_policy"]} == {"V9"}
     assert artifact.json("report")["near_policy_version"] == "V9"
+
+
+def test_a_straggler_of_the_next_day_does_not_choose_the_version_in_production(tmp_path: Path) -> None:
+    rows = [talk(n, *CALM, model_version="V9") for n in range(12)] + [talk(12, *CALM, model_version="V1-ancient")]
+    for turn in rows[12]["turns"]:
+        turn["at"] = START + datetime.timedelta(days=1)
+    report = run(tmp_path, rows).json("report")
+    assert report["near_policy_version"] == "V9"
+    assert report["prompts"]["near_policy"] == 12
+
+
+def test_who_looks_for_no_names_is_told_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    report = run(tmp_path, [talk(n, *CALM) for n in range(4)], CONFIG.model_copy(update={"block_rows": 1}))
+    (warning,) = report.json("report")["warnings"]
+    assert "names of people" in warning
+    assert [record.message for record in caplog.records if "token_model" in record.message] == [f"filter: {warning}"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,10 @@ def test_a_wrong_check_digit_is_no_card_iban_or_aadhaar(text: str) -> None:
     assert not {span.entity for span in identifiers(text)} & {"CARD", "IBAN", "AADHAAR", "SSN"}
 
 
-@pytest.mark.parametrize("separator", ["  ", "\t", "\n", "\r\n", ",", ", ", "/", "_", " - ", "\u00a0\u00a0", "..."])
+@pytest.mark.parametrize(
+    "separator",
+    ["  ", "\t", "\n", "\r\n", ",", ", ", "/", "_", " - ", "\u00a0\u00a0", "...", "·", "•", "*", "|", " | "],
+)
 @pytest.mark.parametrize(
     ("groups", "entity"),
     [
@@ -78,6 +81,13 @@ def test_merging_names_the_union_by_precedence() -> None:
         "call 1234567 ",
         "insta is ",
         "Rue a ",
+        "Rua a, ",
+        "0171/1234567 ",
+        "(415) ",
+        "12 11 1998 ",
+        "DE 89 ",
+        "a%40b.",
+        "a arroba b ponto ",
     ],
 )
 def test_a_long_text_takes_linear_time_whatever_it_repeats(unit: str) -> None:

@@ -25,6 +25,10 @@ from flywheel_tasks.simulation.traffic import TrafficTruth, write_event_log
 from tests.conftest import USER_KEY
 
 CYCLE = "2026-W47"
+GOOD = (
+    b'{"event_id": "0", "type": "message", "conversation_id": "c", "message_id": "m", "user_id": "u", "role": "user", '
+    b'"character_id": "maya", "content": "hi", "at": "2026-11-16T09:30:00Z", "source": "production"}\n'
+)
 FAULTS = Faults(duplicate=0.05, late=0.05, reordered=0.1, malformed=0.03, unknown_type=0.01)
 
 
@@ -247,7 +251,7 @@ def test_a_log_cut_short_is_refused_rather_than_half_read(
 
 def test_a_log_of_several_frames_is_read_to_its_end(tmp_path: Path, user_key: bytes) -> None:
     frame = zstandard.ZstdCompressor().compress(b'{"event_id": "1"}\n')
-    (tmp_path / "log.jsonl.zst").write_bytes(frame * 3)
+    (tmp_path / "log.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(GOOD) + frame * 3)
     rows = ingest(tmp_path, f"{tmp_path}/log.jsonl.zst").artifact.manifest.rows
     assert rows is not None
     assert rows.rows_rejected == 3
@@ -255,7 +259,7 @@ def test_a_log_of_several_frames_is_read_to_its_end(tmp_path: Path, user_key: by
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
 def test_one_overlong_line_costs_that_line_alone(tmp_path: Path, user_key: bytes, suffix: str) -> None:
-    text = b'{"event_id": "' + b"x" * 6_000_000 + b'"}\n' + b'{"event_id": "1"}\n' * 500
+    text = GOOD + b'{"event_id": "' + b"x" * 6_000_000 + b'"}\n' + b'{"event_id": "1"}\n' * 500
     data = gzip.compress(text) if suffix.endswith("gz") else text
     (tmp_path / f"log.{suffix}").write_bytes(data)
     rows = ingest(tmp_path, f"{tmp_path}/log.{suffix}", "ingest.longest_line=1024").artifact.manifest.rows
@@ -267,7 +271,7 @@ def test_a_log_that_grows_while_it_is_read_is_refused(
     tmp_path: Path, user_key: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "log.jsonl"
-    log.write_bytes(b'{"event_id": "1"}\n')
+    log.write_bytes(GOOD)
     real = spill.parse_chunks
 
     def parse(task: spill.ParseTask) -> list[spill.Parsed]:
@@ -287,12 +291,16 @@ def test_no_logs_and_no_matching_logs_say_what_to_set(tmp_path: Path, user_key: 
         ingest(tmp_path, f"{tmp_path}/*.jsonl")
 
 
-def test_empty_traffic_gives_empty_tables_not_an_error(tmp_path: Path, user_key: bytes) -> None:
-    (tmp_path / "log.jsonl").write_bytes(b"\n\n")
-    artifact = ingest(tmp_path, f"{tmp_path}/log.jsonl").artifact
-    assert artifact.table("conversations").read().num_rows == 0
-    assert artifact.manifest.rows is not None
-    assert artifact.manifest.rows.rows_in == 0
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [(b"\n\n", "there is no event in log.jsonl"), (b"{}\nno json\n", "of 2 events none was accepted")],
+)
+def test_logs_without_one_good_event_are_the_wrong_files(
+    tmp_path: Path, user_key: bytes, log: bytes, said: str
+) -> None:
+    (tmp_path / "log.jsonl").write_bytes(log)
+    with pytest.raises(InputError, match=said):
+        ingest(tmp_path, f"{tmp_path}/log.jsonl")
 
 
 def test_a_parquet_log_means_the_same_as_its_lines(

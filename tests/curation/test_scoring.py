@@ -95,7 +95,8 @@ def test_the_first_cycle_has_no_scores_and_says_so(tiny_model: Path, tmp_path: P
 
 def test_scores_are_those_of_the_champions_own_responses(tiny_model: Path, reward: Path, tmp_path: Path) -> None:
     """What the stage wrote is the mean and the variance of scores taken apart from it, prompt by prompt."""
-    from flywheel_tasks.models.generate import cards, complete_table
+    from flywheel_tasks.models.engine import open_engine
+    from flywheel_tasks.models.generate import cards, complete, encoder, prompt_room, template_of
     from flywheel_tasks.models.score import Scorer, ScoreRow
 
     artifact, report = constrain(tmp_path, tiny_model, reward)
@@ -104,10 +105,12 @@ def test_scores_are_those_of_the_champions_own_responses(tiny_model: Path, rewar
     assert found["p00"]["difficulty"] is None
     assert {"quality", "difficulty"} <= set(report["dimensions"])
     known, scorer = cards(CARDS), Scorer(reward)
-    drawn = complete_table(
-        ModelConfig(path=str(tiny_model)), EngineConfig(cache_gib=0.1, context=512), week().slice(1), CARDS,
-        Sampling(k=K, max_tokens=8, seed=17), "champion",
-    ).to_pylist()  # fmt: skip
+    sampling = Sampling(k=K, max_tokens=8, seed=17)
+    with open_engine(tiny_model, EngineConfig(cache_gib=0.1, context=512)) as engine:
+        template = template_of(engine)
+        encode = encoder(template, known, prompt_room(engine, sampling))
+        (chunk,) = complete(engine, template, week().slice(1), encode, sampling, "champion")
+    drawn = chunk.table.to_pylist()
     scores = scorer.pointwise([ScoreRow(r["turns"], r["text"], known[r["character_id"]]) for r in drawn]).reshape(-1, K)
     same = 0
     for row, values in zip(range(1, N), scores, strict=True):

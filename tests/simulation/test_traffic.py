@@ -60,7 +60,7 @@ def problem(line: bytes) -> str | None:
             return f"bad {name}"
         if any("\ud800" <= c <= "\udfff" for c in event[name]):
             return "surrogate"
-    if event["type"] not in schemas.EVENT_TYPES:
+    if event["type"] not in ("message", "reaction", "feedback", "regenerate"):
         return "unknown type"
     try:
         dt.datetime.fromisoformat(event["at"])
@@ -162,11 +162,12 @@ def test_identifiers_are_where_the_truth_says_and_well_formed(log: TrafficTruth)
     assert {p.kind for p in log.planted} == set(KINDS)
     for planted in log.planted:
         assert planted.value in by_id[planted.message_id]
+        plain = "".join(filter(str.isalnum, planted.value))
         if planted.kind == "card":
-            digits = [int(d) for d in reversed(planted.value)]
+            digits = [int(d) for d in reversed(plain)]
             assert (sum(digits[::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])) % 10 == 0
         if planted.kind == "iban":
-            moved = planted.value[4:] + planted.value[:4]
+            moved = plain[4:] + plain[:4]
             assert int("".join(str(int(ch, 36)) for ch in moved)) % 97 == 1
     clean = [c for c in log.conversations.values() if not c.planted]
     assert not any("canary." in t.content for c in clean for t in c.turns)

@@ -24,7 +24,7 @@ from flywheel_tasks.simulation.chat import Mix
 from flywheel_tasks.simulation.language import scripted_policy
 from flywheel_tasks.simulation.traffic import TrafficTruth, write_event_log
 from flywheel_tasks.simulation.users import make_users
-from tests.release.promotion_world import World
+from tests.release.promotion_world import World, ledger_on
 
 CYCLE = "2026-W47"
 MONDAY = ids.cycle_start(CYCLE)
@@ -61,6 +61,7 @@ def test_an_ab_week_is_read_by_the_real_stages_and_crowns_the_better_candidate(
     tmp_path: Path, user_key: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Tracker, "watch", lambda self, record: nullcontext())
+    ledger_on(monkeypatch, MONDAY)
     made = World(tmp_path)
     made.promote("PASS")
     config = load_config("demo", overrides=[
@@ -90,7 +91,10 @@ def test_an_ab_week_is_read_by_the_real_stages_and_crowns_the_better_candidate(
     assert [d["verdict"] for d in found["decisions"]] == ["ship"]
     entry = champion.crown(store, readout)
     assert entry
-    assert ledger.read(store.storage).champion == champion.candidate_of(store, CYCLE)
+    now = ledger.read(store.storage)
+    nominated = now.nomination(CYCLE)
+    assert nominated
+    assert now.champion == nominated.model
     assert "depth    +" in "\n".join(demo_week.lifts(readout))
 
 
