@@ -56,8 +56,9 @@ class ImportConfig(StageConfig):
 def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
     """Read the deliveries that are there, refuse what is broken, altered, unknown or said before, each with file, line
     and reason, and decide each reviewed pair: unanimous, majority or single, the conflict kept. Rewrites become
-    examples, interactive sessions go on as prompts, and the report says how far annotators agree and who stands out."""
-    from flywheel_tasks.annotation import sessions
+    examples and interactive sessions go on as prompts where the filter lets the words pass; the report says how far
+    annotators agree and who stands out."""
+    from flywheel_tasks.annotation import sessions, words
     from flywheel_tasks.annotation.delivery import Line, lines
     from flywheel_tasks.annotation.resolve import CARRIED, Resolved, resolve, settle
     from flywheel_tasks.annotation.reviewers import excluded, reviewers
@@ -73,8 +74,9 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
     read_before = dict(said_before.get("files", {}))
     contradicted = {name: datetime.fromisoformat(at) for name, at in said_before.get("contradicted", {}).items()}
     fresh = [record for record in inputs.sources.get("deliveries", ()) if record.sha256 not in read_before]
-    arrived: list[Line] = [line for record in fresh for line in lines(record.name, _content(record))]
-    resolved = [resolve(line, tasks, questions, key) for line in arrived]
+    arrived: list[Line] = [line for record in fresh for line in lines(record.name, _content(record), out.cycle)]
+    written = [resolve(line, tasks, questions, key) for line in arrived]
+    resolved, unfit = words.filtered(written, ledger, words.rules(inputs), out.seed)
     known = pc.is_in(before["pair_id"], ledger["pair_id"])
     again = pc.is_in(before["annotation_id"], pa.array([one.row["annotation_id"] for one in resolved if one.row], ID))
     met = before.filter(pc.and_(known, again)).to_pylist()
@@ -98,8 +100,11 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
         with out.table(name) as writer:
             writer.write(table)
     out.reject(_quarantine(refused))
+    out.reject(_quarantine(unfit))
     out.reject(forgotten)
-    out.account("review", rows_in=len(everything) + len(arrived), rows_out=len(annotations))
+    # Words that stay out are rows of their own: the review that they came with is counted where it went.
+    rows_in = len(everything) + len(arrived) + len(unfit)
+    out.account("review", rows_in=rows_in, rows_out=len(annotations))
     files = read_before | {record.sha256: record.name for record in fresh}
     out.json(
         "report",
@@ -112,6 +117,7 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
                 "refused": dict(sorted(Counter(one.reason for one in refused).items())),
                 "of_earlier_cycles": _of_earlier_cycles(new, tasks, out.cycle),
             },
+            "words_left_out": dict(sorted(Counter(one.reason for one in unfit).items())),
             "files": files,
             "contradicted": {name: at.isoformat() for name, at in sorted(contradicted.items())},
             "carried": len(before),
@@ -164,9 +170,9 @@ def _report(annotations: pa.Table, ledger: pa.Table, collected: Collected, confi
 
 def _rewrites_missing(annotations: pa.Table) -> int:
     """Steerability reviews that found both responses in violation and gave no rewrite, which Sec. 2.2.2 asks for."""
-    steered = annotations.filter(pc.equal(annotations["mode"], "steerability")).to_pylist()
+    steered = annotations.filter(pc.equal(annotations["mode"], "steerability")).select(["questions", "rewrite"])
     both = [
-        row for row in steered
+        row for row in steered.to_pylist()
         if {q["about"] for q in row["questions"] if q["name"] == "violation" and q["answer"] == "yes"} >= {"y0", "y1"}
     ]  # fmt: skip
     return sum(row["rewrite"] is None for row in both)
@@ -247,6 +253,7 @@ STAGE = Stage(
     inputs={
         "tasks": Input("annotate-export", "tasks"),
         "export": Input("annotate-export", "report"),
+        "filter": Input("filter", "report", optional=True),
         "earlier": Input("annotate-import", "annotations", optional=True, previous=True),
         "earlier_report": Input("annotate-import", "report", optional=True, previous=True),
     },
@@ -265,4 +272,5 @@ STAGE = Stage(
     resources=Resources(memory_gib=4),
     uses_user_key=True,
     uses_cycle=True,
+    data=("curation/weights",),
 )

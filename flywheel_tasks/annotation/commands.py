@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +18,9 @@ from flywheel_tasks.core.config import FlywheelConfig
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.core.store import Store
+
+if TYPE_CHECKING:
+    from flywheel_tasks.annotation.label_studio_server import Projects
 
 TOKEN = "FLYWHEEL_LABEL_STUDIO_TOKEN"  # noqa: S105 - the name of a variable
 Url = Annotated[str, typer.Option("--url", help=f"The server's address; its access token is read from ${TOKEN}.")]
@@ -38,17 +41,24 @@ def register(app: typer.Typer, settings: Settings) -> None:
         url: Url,
         of: Of = "annotate-export",
     ) -> None:
-        """Make a Label Studio project for each mode of the export, once for each server; prints their numbers."""
+        """Make a Label Studio project for each mode of the export, once for each server, and give it the tasks that it
+        lacks; prints their numbers. After a failure, run it again: it goes on where it stopped."""
         from flywheel_tasks.annotation import label_studio_server, publish
 
         folder, name = _export(config, cycle, of)
         server = label_studio_server.Server(url, _token())
         storage, note = Storage(folder), _note(name, server.name)
-        if known := storage.read(note):
-            raise InputError(f"{server.url} has {name} already: projects {known.decode()}")
-        projects = label_studio_server.push(server, name, publish.read(folder, name))
-        storage.put(note, json.dumps(projects).encode())
-        print(json.dumps(projects))
+        known, made = _projects(storage, note), list[str]()
+
+        def remember(projects: Projects) -> None:
+            storage.put(note, json.dumps(projects).encode())
+            made.append(note)
+
+        projects = label_studio_server.push(server, name, publish.read(folder, name), known, remember)
+        numbers = json.dumps({mode: project.number for mode, project in projects.items()})
+        if not made:
+            raise InputError(f"{server.url} has {name} already: projects {numbers}")
+        print(numbers)
 
     @app.command("label-pull")
     @over
@@ -65,12 +75,12 @@ def register(app: typer.Typer, settings: Settings) -> None:
 
         folder, name = _export(config, cycle, of)
         server = label_studio_server.Server(url, _token())
-        known = Storage(folder).read(_note(name, server.name))
-        if known is None:
+        known = _projects(Storage(folder), _note(name, server.name))
+        if not known:
             raise InputError(f"{server.url} has no project of {name}: run label-push first")
-        for mode, project in json.loads(known).items():
+        for mode, project in known.items():
             file = f"{datetime.now(UTC):%y%m%d}-{mode}-{name}.json"
-            Storage(to).put(file, server.export(project))
+            Storage(to).put(file, server.export(project.number))
             print(file)
 
 
@@ -87,6 +97,14 @@ def _export(config: FlywheelConfig, cycle: str, sender: Sender) -> tuple[str, st
 
 def _note(export: str, server: str) -> str:
     return f"{export}/projects-{server.replace(':', '_')}.json"
+
+
+def _projects(storage: Storage, note: str) -> Projects:
+    """What the folder remembers of the server; nothing before the first push."""
+    from flywheel_tasks.annotation.label_studio_server import Project
+
+    known = json.loads(storage.read(note) or b"{}")
+    return {mode: Project(*project) for mode, project in known.items()}
 
 
 def _token() -> str:

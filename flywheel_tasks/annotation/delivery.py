@@ -17,9 +17,13 @@ from pydantic import ValidationError
 
 from flywheel_tasks.annotation import label_studio
 from flywheel_tasks.annotation.contract import Review
+from flywheel_tasks.core import ids
 
 _BATCH = re.compile(r"(\d{6})(?!\d)")
 _LONGEST_LINE = 1 << 20
+_SAID_BEFORE, _SAID_AFTER = datetime.timedelta(days=3 * 365), datetime.timedelta(days=7)
+"""How far from its batch's day a review may say it was given. A Label Studio export repeats all that a project ever
+got; but nobody could correct an answer from the future, and a batch gathers a week at most."""
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
@@ -32,40 +36,46 @@ class Line(NamedTuple):
     reason: str | None = None
 
 
-def batch_of(name: str) -> str | None:
-    """The batch that a delivery's file name begins with."""
+def batch_of(name: str) -> datetime.datetime | None:
+    """The first moment of the batch that a delivery's file name begins with."""
     match = _BATCH.match(name.rsplit("/", 1)[-1])
     if match is None:
         return None
     try:
-        datetime.datetime.strptime(match[1], "%y%m%d").replace(tzinfo=datetime.UTC)
+        return datetime.datetime.strptime(match[1], "%y%m%d").replace(tzinfo=datetime.UTC)
     except ValueError:
         return None
-    return match[1]
 
 
-def lines(name: str, content: bytes) -> Iterator[Line]:
-    """Every line of a delivery that is not blank."""
+def lines(name: str, content: bytes, cycle: str) -> Iterator[Line]:
+    """Every line of a delivery that is not blank. Batches sort by two digits of the year, so one that is not of the
+    cycle's year or of its neighbours is refused: it would be the oldest or the newest for ever."""
     batch = batch_of(name)
     rows = _label_studio(content) if name.endswith(".json") else _json_lines(content)
     for number, row in rows:
         where = f"{name}:{number}"
         if batch is None:
             yield Line(where, "", None, "batch_unnamed")
+        elif abs(batch.year - ids.cycle_start(cycle).year) > 1:
+            yield Line(where, "", None, "bad_batch")
         elif isinstance(row, str):
-            yield Line(where, batch, None, row)
+            yield Line(where, f"{batch:%y%m%d}", None, row)
         else:
             yield _validated(where, batch, row)
 
 
-def _validated(where: str, batch: str, row: dict[str, Any]) -> Line:
+def _validated(where: str, day: datetime.datetime, row: dict[str, Any]) -> Line:
+    batch = f"{day:%y%m%d}"
     try:
-        return Line(where, batch, Review.model_validate(row, strict=False))
+        review = Review.model_validate(row, strict=False)
     except ValidationError as error:
         problem = error.errors()[0]
         field = next((str(part) for part in problem["loc"] if part in Review.model_fields), "line")
         kind = {"missing": "missing", "extra_forbidden": "unknown"}.get(problem["type"], "bad")
         return Line(where, batch, None, f"{kind}_{field}" if kind != "unknown" else "unknown_field")
+    if not day - _SAID_BEFORE <= review.at <= day + _SAID_AFTER:
+        return Line(where, batch, None, "bad_at")
+    return Line(where, batch, review)
 
 
 def _json_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -105,7 +115,7 @@ def _label_studio(content: bytes) -> Iterator[tuple[int, dict[str, Any] | str]]:
         try:
             found: list[dict[str, Any] | str] = list(label_studio.reviews([task]))
             skipped = sum(bool(a.get("was_cancelled")) for a in task["annotations"])
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        except Exception:  # somebody else's JSON, as deep and as odd as they like: what it raises has no end of kinds
             found, skipped = ["malformed_task"], 0
         for row in (*found, *["skipped"] * skipped):
             number += 1

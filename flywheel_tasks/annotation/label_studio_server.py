@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from flywheel_tasks.annotation.label_studio import SERVER
 from flywheel_tasks.annotation.publish import tasks
 from flywheel_tasks.core.errors import ConfigError, FlywheelError
 from flywheel_tasks.core.schemas import MODES
+
+
+class Project(NamedTuple):
+    """A server's project of one mode, and how many of its tasks the server is known to have."""
+
+    number: int
+    tasks: int = 0
+
+
+Projects = dict[str, Project]
+"""Mode → project."""
 
 
 class Server:
@@ -44,8 +55,14 @@ class Server:
 
     def export(self, project: int) -> bytes:
         """Every task with its annotations, as a `.json` delivery holds them."""
-        path = f"/api/projects/{project}/export?exportType=JSON&download_all_tasks=false"
-        return json.dumps(self.call("GET", path), ensure_ascii=False).encode()
+        return json.dumps(self._tasks(project, "download_all_tasks=false"), ensure_ascii=False).encode()
+
+    def task_ids(self, project: int) -> set[str]:
+        """Our ids of the tasks that the project has."""
+        return {str(row["data"].get("task_id")) for row in self._tasks(project, "download_all_tasks=true")}
+
+    def _tasks(self, project: int, which: str) -> Any:
+        return self.call("GET", f"/api/projects/{project}/export?exportType=JSON&{which}")
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -62,14 +79,26 @@ class Server:
         return json.loads(content) if content else None
 
 
-def push(server: Server, title: str, files: Mapping[str, bytes]) -> dict[str, int]:
-    """One project for each mode of an export folder's files; gives mode → project."""
+def push(
+    server: Server, title: str, files: Mapping[str, bytes], known: Projects, remember: Callable[[Projects], None]
+) -> Projects:
+    """One project for each mode of an export folder's files, as far as `known` lacks it. `remember` is told after every
+    step, so that the next attempt goes on where this one stops: a project is made once, and gets the tasks it lacks."""
+    projects = dict(known)
     reviewers: dict[str, int] = {task.mode: task.reviewers for task in tasks(files["tasks.jsonl"])}
-    projects: dict[str, int] = {}
-    for mode in MODES:
-        if mode in reviewers:
+    for mode in (mode for mode in MODES if mode in reviewers):
+        rows = [{"data": row["data"] | {SERVER: server.name}} for row in json.loads(files[f"label_studio/{mode}.json"])]
+        there: set[str] = set()
+        if mode in projects:
+            if projects[mode].tasks == len(rows):
+                continue
+            there = server.task_ids(projects[mode].number)
+        else:
             page = files[f"label_studio/{mode}.xml"].decode()
-            projects[mode] = server.create_project(f"{title} {mode}"[:50], page, reviewers[mode])
-            rows = json.loads(files[f"label_studio/{mode}.json"])
-            server.add_tasks(projects[mode], [{"data": row["data"] | {SERVER: server.name}} for row in rows])
+            projects[mode] = Project(server.create_project(f"{title} {mode}"[:50], page, reviewers[mode]))
+            remember(projects)
+        if missing := [row for row in rows if row["data"]["task_id"] not in there]:
+            server.add_tasks(projects[mode].number, missing)
+        projects[mode] = projects[mode]._replace(tasks=len(rows))
+        remember(projects)
     return projects

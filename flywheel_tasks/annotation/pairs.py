@@ -17,7 +17,7 @@ from flywheel_tasks.core.config import ModelConfig, StageConfig, model_of
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.quarantine import without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
-from flywheel_tasks.models.engine_config import EngineConfig, Sampling
+from flywheel_tasks.models.engine_config import EngineConfig, SamplingConfig
 
 SESSIONS = ("interactive", "steerability")
 """Modes that go on turn by turn, from what annotate-import of an earlier cycle gives back."""
@@ -36,8 +36,12 @@ class PairsConfig(StageConfig):
         description="shares of annotation modes among new pairs; a pair with a tool call is an image pair",
     )
     bounds: pairing.Bounds = Field(pairing.Bounds(), description="the widest style differences within a pair")
-    sampling: Sampling = Field(Sampling(temperature=1.0, max_tokens=256), description="how responses are drawn")
-    rewrite_sampling: Sampling = Field(Sampling(temperature=0.7, max_tokens=768), description="how rewrites are drawn")
+    sampling: SamplingConfig = Field(
+        SamplingConfig(temperature=1.0, max_tokens=256), description="how responses are drawn"
+    )
+    rewrite_sampling: SamplingConfig = Field(
+        SamplingConfig(temperature=0.7, max_tokens=768), description="how rewrites are drawn"
+    )
     keep_unfinished: bool = Field(False, description="keep responses that were cut at sampling.max_tokens")
     engine: EngineConfig = Field(EngineConfig(), description="the generation engine")
 

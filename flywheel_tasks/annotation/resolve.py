@@ -2,7 +2,8 @@
 
 The rules. A review of a task that never left, or whose text or order is not what we sent, is refused. It must answer
 the mandated questions. One person has one answer on one pair: the same answer again is a duplicate; another answer
-later replaces the earlier one; two different answers of the same instant contradict each other and neither counts.
+later replaces the earlier one; two different answers of the same instant contradict each other and neither counts. A
+rewrite is no part of the answer that it comes with: of the same answer's rewrites the last one stays.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any, NamedTuple
 from flywheel_tasks.annotation import contract
 from flywheel_tasks.annotation.contract import Question, Review
 from flywheel_tasks.annotation.delivery import Line
-from flywheel_tasks.curation.privacy import identifiers, mask
 
 CARRIED = "earlier import"
 """The place of a review that an earlier import accepted."""
-_SAYS = ("preferred", "strength", "questions", "rewrite")
+_SAYS = ("preferred", "strength", "questions")
+"""An answer. What the filter leaves of the words beside it changes with its rules; the person's answer does not."""
 
 
 class Resolved(NamedTuple):
@@ -38,7 +39,7 @@ class Resolved(NamedTuple):
 def resolve(
     line: Line, ledger: Mapping[str, Mapping[str, Any]], questions: Mapping[str, Question], key: bytes
 ) -> Resolved:
-    """One line against the ledger (task id → task)."""
+    """One line against the ledger (task id → task); its words are as they were written (`words.filtered`)."""
     review = line.review
     if review is None:
         return Resolved(line.where, None, reason=line.reason)
@@ -99,8 +100,9 @@ def settle(resolved: Iterable[Resolved], contradicted: Mapping[str, datetime] = 
         for same in answers.values():
             first, *again = sorted(same, key=_arrival)
             # When the person said so last decides between answers; when it first came decides its batch.
-            said_last = max(_row(one)["at"] for one in same)
-            firsts.append((said_last, first._replace(row=_row(first) | {"at": said_last})))
+            last_said = _row(max(same, key=_said_last))
+            row = _row(first) | {"at": last_said["at"], "rewrite": last_said["rewrite"]}
+            firsts.append((last_said["at"], first._replace(row=row)))
             out += [one._replace(reason="duplicate") for one in again]
         before = remembered.pop(name, None)
         last = max([at for at, _ in firsts] + ([before] if before else []))
@@ -134,9 +136,8 @@ def _answers_wrong(review: Review, mode: str, questions: Mapping[str, Question])
 
 
 def _written(text: str | None) -> str | None:
-    """A person's own words, with identifiers masked; blank is none."""
-    text = (text or "").strip()
-    return mask(text, identifiers(text)) if text else None
+    """A person's own words; blank is none."""
+    return (text or "").strip() or None
 
 
 def _row(one: Resolved) -> dict[str, Any]:
@@ -152,3 +153,8 @@ def _says(one: Resolved) -> str:
 def _arrival(one: Resolved) -> tuple[Any, ...]:
     """What an earlier import took came first, whatever it says about its time."""
     return one.where != CARRIED, _row(one)["batch"], _row(one)["at"], one.where
+
+
+def _said_last(one: Resolved) -> tuple[Any, ...]:
+    row = _row(one)
+    return row["at"], row["rewrite"] is not None, row["rewrite"] or ""

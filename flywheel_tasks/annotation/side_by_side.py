@@ -171,6 +171,7 @@ IMPORT = replace(
     inputs={
         "tasks": Input("side-by-side", "tasks"),
         "export": Input("side-by-side", "report"),
+        "filter": Input("filter", "report", optional=True),
         "earlier": Input("side-by-side-import", "annotations", optional=True, previous=True),
         "earlier_report": Input("side-by-side-import", "report", optional=True, previous=True),
     },

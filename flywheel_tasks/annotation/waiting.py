@@ -64,13 +64,15 @@ class Inbox:
 
     def __init__(self, store: str, export: str, deliveries: Sequence[str]) -> None:
         self.store, self.export, self.deliveries = store, export, tuple(deliveries)
-        self._wanted: dict[str, int] | None = None
+        self._sent: tuple[str, dict[str, int]] | None = None
         self._read: dict[str, tuple[tuple[int, int], frozenset[Said]]] = {}
 
     def look(self) -> Arrived:
         """Count what is there now."""
-        if self._wanted is None:
-            self._wanted = wanted(Store(self.store).by_uri(self.export))
+        if self._sent is None:
+            export = Store(self.store).by_uri(self.export)
+            self._sent = export.manifest.cycle, wanted(export)
+        cycle, asked = self._sent
         found: dict[str, tuple[int, int]] = {}
         for pattern in self.deliveries:
             found |= expand(pattern)
@@ -79,5 +81,5 @@ class Inbox:
         for uri, stamp in found.items():
             if uri not in self._read or self._read[uri][0] != stamp:
                 with open_external(uri) as stream:
-                    self._read[uri] = stamp, said(lines(uri, stream.read()))
-        return arrived(self._wanted, (one for _, reviews in self._read.values() for one in reviews))
+                    self._read[uri] = stamp, said(lines(uri, stream.read(), cycle))
+        return arrived(asked, (one for _, reviews in self._read.values() for one in reviews))

@@ -27,22 +27,34 @@ class Projects(BaseHTTPRequestHandler):
 
     kept: dict[int, list[dict[str, Any]]]
     answers: dict[str, list[dict[str, Any]]]
+    mishap: tuple[int, str] | None = None
+    """The POST that goes wrong, counted from now: `refused` before anything was done, or `unanswered` after it."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        left, how = Projects.mishap or (0, "")
+        Projects.mishap = (left - 1, how) if left > 1 else None
+        if left == 1 and how == "refused":
+            self._say(503, {"detail": "Try later."})
+            return
         if self.path == "/api/projects/":
             self.kept[len(self.kept) + 1] = []
-            self._say(201, {"id": len(self.kept)})
+            said = {"id": len(self.kept)}
         else:
             self.kept[int(self.path.split("/")[3])] += body
-            self._say(201, {"task_count": len(body)})
+            said = {"task_count": len(body)}
+        if left == 1:
+            self.close_connection = True
+        else:
+            self._say(201, said)
 
     def do_GET(self) -> None:
         if self.headers["Authorization"] != "Token right":
             self._say(401, {"detail": "Invalid token."})
             return
         rows = self.kept[int(self.path.split("/")[3])]
-        self._say(200, [row | {"annotations": self.answers.get(row["data"]["task_id"], [])} for row in rows])
+        found = [row | {"annotations": self.answers.get(row["data"]["task_id"], [])} for row in rows]
+        self._say(200, [row for row in found if row["annotations"] or "download_all_tasks=true" in self.path])
 
     def _say(self, status: int, body: Any) -> None:
         said = json.dumps(body).encode()
@@ -57,7 +69,7 @@ class Projects(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    Projects.kept, Projects.answers = {}, {}
+    Projects.kept, Projects.answers, Projects.mishap = {}, {}, None
     with HTTPServer(("127.0.0.1", 0), Projects) as http:
         Thread(target=http.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}"
@@ -111,6 +123,26 @@ def test_an_export_goes_out_once_and_its_answers_come_back(
         imported = world.collect(f"2026-W{46 + number}")
         assert imported.table("annotations").rows == len(answered)
     assert set(imported.manifest.rows.reasons) <= {"duplicate"}
+
+
+@pytest.mark.parametrize("mishap", [(n, how) for n in (1, 2, 3, 4) for how in ("refused", "unanswered")])
+def test_a_push_that_broke_goes_on_where_it_stopped(
+    world: worlds.World, server: str, monkeypatch: pytest.MonkeyPatch, mishap: tuple[int, str]
+) -> None:
+    """Nobody gets a task twice, and no project is made twice that the server has told the number of."""
+    monkeypatch.setenv("FLYWHEEL_LABEL_STUDIO_TOKEN", "right")
+    where = ("--cycle", CYCLE, "--url", server)
+    Projects.mishap = mishap
+    broken = command(world, "label-push", *where)
+    assert (broken.exit_code, broken.stderr.count("\n")) == (1, 1), broken.stderr
+    again = command(world, "label-push", *where)
+    assert again.exit_code == 0, again.stderr
+    sent = sorted(row["data"]["task_id"] for rows in Projects.kept.values() for row in rows)
+    assert sent == sorted(task.task_id for task in world.tasks())
+    step, how = mishap
+    assert len(Projects.kept) == 2 + (how == "unanswered" and step in (1, 3)), "only an unanswered creation is repeated"
+    assert set(json.loads(again.stdout).values()) == {number for number, rows in Projects.kept.items() if rows}
+    assert command(world, "label-push", *where).exit_code == 2, "now it is there"
 
 
 def test_what_is_missing_is_said_in_one_line(world: worlds.World, server: str, monkeypatch: pytest.MonkeyPatch) -> None:

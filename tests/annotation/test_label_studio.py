@@ -134,7 +134,7 @@ def test_a_pushed_task_says_which_server_it_was_put_on(world: worlds.World) -> N
     with HTTPServer(("127.0.0.1", 0), Answers) as http:
         Thread(target=http.serve_forever, daemon=True).start()
         where = f"127.0.0.1:{http.server_port}"
-        push(Server(f"http://{where}/studio/", "token"), "flywheel", files)
+        push(Server(f"http://{where}/studio/", "token"), "flywheel", files, {}, lambda projects: None)
         http.shutdown()
     assert len(pushed) == len(world.tasks())
     assert {row["data"][label_studio.SERVER] for row in pushed} == {where}

@@ -85,7 +85,8 @@ def world(tmp_path: Path, user_key: bytes) -> worlds.World:
 
 def pushed(server: Server, world: worlds.World) -> dict[str, int]:
     files = publish.read(str(world.outbox), world.exports[0].json("report")["export"])
-    return label_studio_server.push(server, "flywheel", files)
+    made = label_studio_server.push(server, "flywheel", files, {}, lambda projects: None)
+    return {mode: project.number for mode, project in made.items()}
 
 
 def on_server(server: Server, project: int) -> dict[str, dict[str, Any]]:
@@ -106,6 +107,8 @@ def test_there_and_back(server: Server, world: worlds.World) -> None:
     annotators who answered through our own lines would have given."""
     projects = pushed(server, world)
     assert set(projects) == {"static", "interactive", "steerability", "image"}
+    for mode, project in projects.items():
+        assert server.task_ids(project) == {task.task_id for task in world.tasks() if task.mode == mode}
     team = annotators.team(3, 5)
     people = [
         int(server.call("POST", "/api/users/", {"username": person.name, "email": f"{person.name}@example.com"})["id"])

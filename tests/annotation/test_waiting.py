@@ -31,7 +31,7 @@ def test_only_different_people_on_this_exports_tasks_count(tmp_path, user_key) -
     path = worlds.write(world.inbox, "261118-a.jsonl", rows)
     path.write_bytes(path.read_bytes() + b"broken\n")
     asked = {task.task_id: task.reviewers for task in world.tasks()}
-    found = waiting.arrived(asked, waiting.said(delivery.lines(path.name, path.read_bytes())))
+    found = waiting.arrived(asked, waiting.said(delivery.lines(path.name, path.read_bytes(), "2026-W47")))
     assert found == Arrived(3 * len(asked), 3 + 1)
 
 

@@ -80,15 +80,26 @@ def pairs(count: int, seed: int = 0, modes: Mapping[str, float] | None = None) -
     return table.filter(pa.compute.is_null(reasons))
 
 
+LENIENT: dict[str, Any] = {"privacy": {"presidio": []}, "safety": {"threshold": 0.9}}
+"""A filter for simulated talk: at its own threshold the embedded classifier flags one harmless turn in ten."""
+
+
 class World:
     """Cycles of annotate-export and annotate-import in one store, with an outbox and an inbox of files."""
 
-    def __init__(self, folder: Path, config: ImportConfig | None = None, **export: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ImportConfig | None = None,
+        rules: Mapping[str, Any] = LENIENT,
+        **export: Any,
+    ) -> None:
         self.store = Store(str(folder / "store"))
         self.outbox, self.inbox = folder / "outbox", folder / "inbox"
         self.export_config = ExportConfig(folder=str(self.outbox), **export)
         self.import_config = config or ImportConfig()
         self.characters = self.put("ingest", {"characters": "character"}, {"characters": CHARACTERS})
+        self.filter = self.filtered_by(rules)
         self.exports: list[Artifact] = []
         self.imports: list[Artifact] = []
 
@@ -109,6 +120,7 @@ class World:
         given = {
             "tasks": (self.exports[-1], "tasks"),
             "export": (self.exports[-1], "report"),
+            "filter": (self.filter, "report"),
             "earlier": (self.imports[-1], "annotations") if self.imports else None,
             "earlier_report": (self.imports[-1], "report") if self.imports else None,
         }
@@ -122,6 +134,14 @@ class World:
         """The tasks of the newest export, from its folder."""
         name = self.exports[-1].json("report")["export"]
         return publish.tasks(publish.read(str(self.outbox), name)["tasks.jsonl"])
+
+    def filtered_by(self, config: Mapping[str, Any]) -> Artifact:
+        """What the week's filter leaves behind: its rules."""
+
+        def fill(out: Output) -> None:
+            out.json("report", {})
+
+        return commit(self.store, "filter", {"report": "json"}, fill, "2026-W01", config=config)
 
     def put(self, stage: str, contracts: Mapping[str, str], tables: Mapping[str, pa.Table]) -> Artifact:
         def fill(out: Output) -> None:
