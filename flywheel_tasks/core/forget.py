@@ -2,17 +2,16 @@
 
 The order makes a crash harmless: first nobody may ingest the user any more, then each artifact is switched from its
 old files to purged ones by replacing its manifest, then the old files go. Running it again finishes what was left.
+
+It also makes the proof whole: who runs is asked after the first step and before the artifacts are read. An attempt that
+does not know of the user was under way then, and is reported; or it had ended, and what it committed is read.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,13 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from flywheel_tasks.core import ids, lineage, partial, schemas, tables
+from flywheel_tasks.core import ids, lease, lineage, manifest, partial, schemas, tables
 from flywheel_tasks.core.errors import ConfigError, FlywheelError, InputError
 from flywheel_tasks.core.manifest import FileRecord, Forgotten, Manifest, OutputRecord, artifact_folder
-from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.core.store import ATTEMPTS, Artifact, Store
 
 _ABANDONED_AFTER = datetime.timedelta(hours=24)
-_STALE_AFTER = datetime.timedelta(hours=1)
 _LOCK = "forget.lock"
 
 
@@ -35,13 +33,14 @@ def forget(store: Store, user_id: str, secret: bytes) -> dict[str, Any]:
     if not user_id.strip():
         raise InputError("the user id is empty: give the id as it stands in the raw logs")
     user, now = ids.pseudonym(user_id, secret), datetime.datetime.now(datetime.UTC)
-    _check_key(store, secret)
-    with _alone(store, now):
-        return _forget(store, user, now)
+    check_key(store, secret)
+    with lease.held(store.storage, _LOCK) as alone:
+        return _forget(store, user, now, alone)
 
 
-def _forget(store: Store, user: str, now: datetime.datetime) -> dict[str, Any]:
+def _forget(store: Store, user: str, now: datetime.datetime, alone: lease.Lease) -> dict[str, Any]:
     store.storage.put(f"forgotten/{user}.json", json.dumps({"at": now.isoformat()}).encode())
+    ignorant = {name for name, says in _under_way(store).items() if user not in says["knows"]}
     purged: dict[str, int] = {}
     holders: list[lineage.Address] = []
     for artifact in store.artifacts():
@@ -51,9 +50,10 @@ def _forget(store: Store, user: str, now: datetime.datetime) -> dict[str, Any]:
         if rows:
             purged["/".join(holders[-1])] = rows
     retrain = _mark_models(store, holders, user, now)
-    strays = _remove_strays(store)
-    store.storage.delete_folder(partial.FOLDER)
+    strays = _remove_strays(store, alone)
+    partial.clear_outdated(store.storage)
     removed, unfinished = _abandoned(store, now)
+    unfinished = sorted(ignorant | set(unfinished))
     left = {a.uri: rows for a in store.artifacts() if (rows := _remaining(a, user))}
     return {
         "user": user,
@@ -68,7 +68,7 @@ def _forget(store: Store, user: str, now: datetime.datetime) -> dict[str, Any]:
     }
 
 
-def _check_key(store: Store, secret: bytes) -> None:
+def check_key(store: Store, secret: bytes) -> None:
     """Under another key nobody would be found, and that would read as a proof."""
     for artifact in store.artifacts():
         other = artifact.manifest.environment.get("user_key")
@@ -79,35 +79,23 @@ def _check_key(store: Store, secret: bytes) -> None:
             )
 
 
-@contextmanager
-def _alone(store: Store, now: datetime.datetime) -> Iterator[None]:
-    """One purge at a time: each rewrites manifests that it has read before."""
-    mine = {"host": platform.node(), "pid": os.getpid(), "at": now.isoformat()}
-    if not store.storage.put_new(_LOCK, json.dumps(mine).encode()):
-        held = json.loads(store.storage.read(_LOCK) or b"{}")
-        if _is_held(held, now):
-            raise FlywheelError(f"another forget runs on {held['host']} since {held['at']}: wait for it to end")
-        store.storage.put(_LOCK, json.dumps(mine).encode())
-    try:
-        yield
-    finally:
-        store.storage.delete(_LOCK)
-
-
-def _is_held(lock: dict[str, Any], now: datetime.datetime) -> bool:
-    """A lock is stale when its process is gone, or, on another machine, when it is an hour old."""
-    if not lock:
-        return False
-    if lock["host"] == platform.node():
-        return bool(lock["pid"] != os.getpid()) and Path(f"/proc/{lock['pid']}").exists()
-    return now - datetime.datetime.fromisoformat(lock["at"]) < _STALE_AFTER
+def _under_way(store: Store) -> dict[str, dict[str, Any]]:
+    """The folder of every attempt that gives a sign of life, and what it says. Signs of the dead are removed."""
+    found = {}
+    for info in store.storage.list(ATTEMPTS):
+        path = store.storage.relative(info)
+        data = store.storage.read(path)
+        if says := lease.read(data):
+            found[f"{artifact_folder(says['stage'], says['key'])}/{says['attempt']}"] = says
+        elif data is not None:
+            store.storage.delete(path)
+    return found
 
 
 def _purge(store: Store, artifact: Artifact, user: str, now: datetime.datetime) -> int:
     """Rewrite the files that hold the user's rows; returns how many rows went."""
     record, attempt = artifact.manifest, ids.new_attempt()
     outputs: dict[str, OutputRecord] = {}
-    old: list[str] = []
     gone = 0
     for name, output in record.outputs.items():
         files = list(output.files)
@@ -116,16 +104,32 @@ def _purge(store: Store, artifact: Artifact, user: str, now: datetime.datetime) 
                 kept, rows = _without(artifact, output, file, user)
                 if rows:
                     files[index] = _rewrite(store, record, attempt, name, output.contract, index, kept)
-                    old.append(f"{record.folder}/{file.path}")
                     gone += rows
         outputs[name] = output.model_copy(update={"files": tuple(files)})
     if gone:
+        for name, output in record.outputs.items():
+            if output.contract == schemas.DERIVED:
+                outputs[name] = output.model_copy(update={"files": ()})
         entry = Forgotten(user=user, at=now, rows=gone)
         changed = record.model_copy(update={"outputs": outputs, "forgotten": (*record.forgotten, entry)})
-        store.storage.put(record.path, changed.to_bytes())
-        for path in old:
+        _switch(store, record, changed)
+        for path in sorted(record.paths - changed.paths):
             store.storage.delete(path)
     return gone
+
+
+def _switch(store: Store, before: Manifest, after: Manifest) -> None:
+    """Replace a manifest by what was made of it, unless it is another one by now.
+
+    A purge that was taken for dead can wake up and remove the new files as strays: then the old manifest stands again.
+    """
+    data = store.storage.read(before.path) or b""
+    same = bool(data) and manifest.parse(data, before.path) == before
+    if not same or not store.storage.replace(before.path, data, after.to_bytes()):
+        raise FlywheelError(f"{before.path} was changed by another forget meanwhile: run it again")
+    if lost := set(store.missing(after)) - before.paths:
+        store.storage.replace(before.path, after.to_bytes(), data)
+        raise FlywheelError(f"{min(lost)} was removed by another forget meanwhile: run it again")
 
 
 def _without(artifact: Artifact, output: OutputRecord, file: FileRecord, user: str) -> tuple[pa.Table, int]:
@@ -160,15 +164,20 @@ def _mark_models(store: Store, holders: list[lineage.Address], user: str, now: d
         marked.append("/".join(at))
         if not any(entry.user == user and entry.retrain_needed for entry in record.forgotten):
             entry = Forgotten(user=user, at=now, rows=0, retrain_needed=True)
-            changed = record.model_copy(update={"forgotten": (*record.forgotten, entry)})
-            store.storage.put(record.path, changed.to_bytes())
+            _switch(store, record, record.model_copy(update={"forgotten": (*record.forgotten, entry)}))
     return marked
 
 
 def _abandoned(store: Store, now: datetime.datetime) -> tuple[list[str], list[str]]:
-    """Files that no manifest names: left by a killed attempt (removed), or by one under way (reported)."""
+    """Files that no manifest names and no sign of life covers: left by a killed attempt (removed), or by one whose
+    workers may still write (reported)."""
     removed, unfinished = [], []
+    under_way = _under_way(
+        store
+    )  # before the folders: an attempt that has ended since is committed when they are listed
     for folder in _attempts(store):
+        if folder in under_way:
+            continue
         moments = [
             i.mtime for i in store.storage.list(folder, recursive=True) if i.type == pafs.FileType.File and i.mtime
         ]
@@ -180,18 +189,20 @@ def _abandoned(store: Store, now: datetime.datetime) -> tuple[list[str], list[st
     return removed, unfinished
 
 
-def _remove_strays(store: Store) -> list[str]:
+def _remove_strays(store: Store, alone: lease.Lease) -> list[str]:
     """Files in the folders of committed artifacts that no manifest names: what a killed purge did not get to, or what
     an attempt that can only lose has written."""
     removed = []
     for artifact in store.artifacts():
         record = artifact.manifest
-        named = {f"{record.folder}/{file.path}" for output in record.outputs.values() for file in output.files}
-        for info in store.storage.list(record.folder, recursive=True):
-            path = store.storage.relative(info)
-            if info.type == pafs.FileType.File and path not in named and path != record.path:
-                store.storage.delete(path)
-                removed.append(path)
+        found = store.storage.list(record.folder, recursive=True)
+        files = {store.storage.relative(info) for info in found if info.type == pafs.FileType.File}
+        strays = sorted(files - record.paths - {record.path})
+        if strays:
+            alone.check()  # to another purge they may be files that its next manifest names
+        for path in strays:
+            store.storage.delete(path)
+        removed += strays
     return removed
 
 

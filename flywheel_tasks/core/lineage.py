@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -14,21 +15,22 @@ from flywheel_tasks.core.manifest import Manifest
 from flywheel_tasks.core.store import Artifact, Store
 
 Address = tuple[str, str]
+_IN_A_STORE = re.compile(r"/artifacts/([^/]+)/([0-9a-f]{32})(?:/|$)")
 
 
 class Graph:
-    """The inputs of every committed artifact, read once."""
+    """What every committed artifact was made from, read once."""
 
     def __init__(self, store: Store) -> None:
         self.manifests: dict[Address, Manifest] = {address(a.manifest): a.manifest for a in store.artifacts()}
         self._children: dict[Address, set[Address]] = defaultdict(set)
         for child, manifest in self.manifests.items():
-            for record in manifest.inputs.values():
-                self._children[record.stage, record.key].add(child)
+            for parent in parents(manifest):
+                self._children[parent].add(child)
 
     def upstream(self, start: Address) -> list[Address]:
         """Everything the artifact was made from, nearest first."""
-        return _walk(start, lambda at: [(r.stage, r.key) for r in self.manifests[at].inputs.values()], self.manifests)
+        return _walk(start, lambda at: parents(self.manifests[at]), self.manifests)
 
     def downstream(self, start: Address) -> list[Address]:
         """Everything that was made from the artifact, nearest first."""
@@ -37,6 +39,14 @@ class Graph:
 
 def address(manifest: Manifest) -> Address:
     return manifest.stage, manifest.key
+
+
+def parents(manifest: Manifest) -> list[Address]:
+    """What the artifact was made from: its inputs, and the checkpoints of a store that its configuration names by path,
+    as it names the reigning champion. A key is a digest, so another mount or a copy of the store is the same parent."""
+    inputs = [(record.stage, record.key) for record in manifest.inputs.values()]
+    named = [match.groups() for text in _texts(manifest.config) for match in _IN_A_STORE.finditer(text)]
+    return list(dict.fromkeys([*inputs, *((stage, key) for stage, key in named)]))
 
 
 def describe(store: Store, artifact: Artifact) -> dict[str, Any]:
@@ -61,6 +71,18 @@ def held_rows(artifact: Artifact, user: str) -> dict[str, int]:
         for name in _personal(artifact)
     }
     return {name: count for name, count in counts.items() if count}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text of a configuration, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _personal(artifact: Artifact) -> Iterable[str]:

@@ -129,6 +129,11 @@ class Manifest(_Record):
         return f"{self.folder}/manifest.json"
 
     @property
+    def paths(self) -> frozenset[str]:
+        """Paths within the store of all its files."""
+        return frozenset(f"{self.folder}/{file.path}" for output in self.outputs.values() for file in output.files)
+
+    @property
     def digest(self) -> str:
         """What the artifact holds, whichever attempt wrote it: equal content, equal digest."""
         content = "".join(f"{name}:{output.sha256}\n" for name, output in sorted(self.outputs.items()))
@@ -143,7 +148,9 @@ def parse(data: bytes, where: str) -> Manifest:
     """The manifest in `data`; a byte that changed since the commit is an error."""
     try:
         text = data.decode()
-        head, body = text.split('\n "manifest": ', 1)
+        head, begins, body = text.partition('\n "manifest": ')
+        if not begins:
+            raise ValueError("it is cut off or no manifest")
         body = body.removesuffix("\n}\n")
         if head != f'{{\n "checksum": "{_checksum(body)}",':
             raise ValueError("its checksum does not match its content")

@@ -24,7 +24,7 @@ from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.core.tables import PartSpec, TableWriter
 
 QUARANTINE = "quarantine"
-_LOOSE = (*schemas.CHECKPOINTS, "json", "file")
+_LOOSE = (*schemas.CHECKPOINTS, schemas.DERIVED, "json", "file")
 _SCRATCH = "scratch"
 
 

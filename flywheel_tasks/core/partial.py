@@ -14,7 +14,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from flywheel_tasks.core import ids
+from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.storage import UNFINISHED, Storage
+from flywheel_tasks.core.store import forgotten_users
 
 FOLDER = "partial"
 _DIGEST = 64
@@ -23,13 +25,13 @@ _DIGEST = 64
 class Partial:
     """Named pieces, each there whole or not at all; a damaged one counts as absent and is made again.
 
-    Pieces made before a user was forgotten are not found afterwards, not even those of an attempt that ran meanwhile.
+    Pieces made before a user was forgotten are not found afterwards, and an attempt that began before makes no more.
     """
 
     def __init__(self, storage: Storage, stage: str, key: str, forgotten: frozenset[str] = frozenset()) -> None:
-        known = hashlib.sha256("\n".join(sorted(forgotten)).encode()).hexdigest()[:16]
-        self._storage, self._all = storage, f"{FOLDER}/{ids.name(stage, 'stage')}/{ids.key(key)}"
-        self._folder = f"{self._all}/{known}"
+        self._storage, self._forgotten = storage, forgotten
+        self._all = f"{FOLDER}/{ids.name(stage, 'stage')}/{ids.key(key)}"
+        self._folder = f"{self._all}/{_known(forgotten)}"
 
     @property
     def uri(self) -> str:
@@ -37,6 +39,8 @@ class Partial:
         return f"{self._storage.uri}/{self._folder}"
 
     def put(self, name: str, data: bytes) -> None:
+        if forgotten_users(self._storage) - self._forgotten:
+            raise FlywheelError(f"{self._all}: a user was forgotten since this attempt began: run the stage again")
         digest = hashlib.sha256(data).hexdigest().encode()
         self._storage.put(self._path(name), digest + data)
 
@@ -70,3 +74,19 @@ class Partial:
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/pieces/{ids.name(name, 'piece')}"
+
+
+def clear_outdated(storage: Storage) -> None:
+    """Remove what was left by attempts that did not know of every forgotten user: it may hold their words."""
+    current = _known(forgotten_users(storage))
+    folders = [FOLDER]
+    for _ in ("stage", "key", "known"):
+        found = [info for folder in folders for info in storage.list(folder)]
+        folders = [storage.relative(info) for info in found if info.type == pafs.FileType.Directory]
+    for folder in folders:
+        if not folder.endswith(f"/{current}"):
+            storage.delete_folder(folder)
+
+
+def _known(forgotten: frozenset[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(forgotten)).encode()).hexdigest()[:16]

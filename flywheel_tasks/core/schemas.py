@@ -13,10 +13,8 @@ VERSION = 1
 STRING = pa.string()
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 REACTIONS = ("love", "thumb_up", "thumb_down")
-EVENT_TYPES = ("message", "reaction", "feedback", "regenerate")
 SOURCES = ("internal", "production")
 ROLES = ("user", "assistant")
-SPLITS = ("train", "eval")
 MODES = ("static", "interactive", "steerability", "image")
 """How a pair is shown to annotators (Sec. 2.2.2)."""
 EXAMPLE_SOURCES = ("internal_rjs", "user_rjs", "safety", "capability", "failure_fix", "base_post_training")
@@ -152,6 +150,10 @@ SCHEMAS: dict[str, pa.Schema] = {
 
 CHECKPOINTS = ("checkpoint", "checkpoints")
 """Contracts of outputs that hold one model, or one in each step's folder."""
+
+DERIVED = "derived"
+"""Contract of loose files made from the artifact's own tables that hold people's rows without their names. A purge that
+takes a row from those tables drops the files whole; tracking never sees them."""
 
 USER_COLUMNS: dict[str, str] = {
     "conversation": "user",

@@ -93,7 +93,8 @@ class Stage:
     run: Run
     config: type[StageConfig]
     outputs: Mapping[str, str]
-    """Output name → schema name, `checkpoint` (one model), `checkpoints` (folders step-000100/ …), `json` or `file`."""
+    """Output name → schema name, `checkpoint` (one model), `checkpoints` (folders step-000100/ …), `json`, `file`, or
+    `derived` (files that a purge of the tables beside them drops)."""
     inputs: Mapping[str, Input] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     """Config fields that hold globs of files from outside the store."""

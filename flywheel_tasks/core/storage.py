@@ -1,16 +1,18 @@
 """Bytes under a URI (`file://`, `s3://`, `gs://`): durable writes, and a create-if-absent that is atomic on each.
 
-Data goes through pyarrow.fs. The commit needs more than pyarrow.fs offers, so it goes through a hard link and
-fsync locally and through a conditional put (obstore) on an object store.
+Data goes through pyarrow.fs. A commit and a safe replacement need more than pyarrow.fs offers: they go through a hard
+link, a lock and fsync locally, and through conditional puts (obstore) on an object store.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -20,13 +22,14 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 
-from flywheel_tasks.core import ids
+from flywheel_tasks.core import conditional, ids
 from flywheel_tasks.core.errors import ConfigError, FlywheelError, InputError
 
 _CHUNK = 1 << 20
 UNFINISHED = ".partial"
 """The end of a name that a write is still going to; a kill can leave one behind."""
 _LIST_TRIES = 5
+_REPLACE_SECONDS = 60.0
 
 
 def fault_point(step: str) -> None:
@@ -110,13 +113,7 @@ class Storage:
         with _storage_errors(path):
             if self.local:
                 return _link_new(Path(full), data, Path(self.root))
-            import obstore
-
-            try:
-                obstore.put(self._conditional, path, data, mode="create")
-            except obstore.exceptions.AlreadyExistsError:
-                return False
-            return True
+            return conditional.create(self._conditional, path, data)
 
     def put(self, path: str, data: bytes) -> None:
         """Create or replace a small object. A reader sees the old bytes or the new ones, never a mixture."""
@@ -131,6 +128,15 @@ class Storage:
             else:
                 with self.fs.open_output_stream(full) as stream:
                     stream.write(data)
+
+    def replace(self, path: str, old: bytes, new: bytes) -> bool:
+        """Replace the object if it still holds exactly `old`, or return False. Atomic against every other `replace`."""
+        full = self.full(path)
+        fault_point(f"put {path}")
+        with _storage_errors(path):
+            if self.local:
+                return _replace_local(Path(full), old, new, Path(self.root))
+            return conditional.replace(self._conditional, path, old, new)
 
     def read(self, path: str) -> bytes | None:
         """The object's bytes, or None if there is none."""
@@ -186,14 +192,7 @@ class Storage:
 
     @cached_property
     def _conditional(self) -> Any:
-        from obstore.store import from_url
-
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        options: dict[str, Any] = {}
-        if self.uri.startswith("s3://") and endpoint:
-            options["config"] = {"endpoint": endpoint}
-            options["client_options"] = {"allow_http": endpoint.startswith("http://")}
-        return from_url(self.uri, **options)
+        return conditional.connect(self.uri, getattr(self.fs, "region", ""))
 
 
 def normal_uri(uri: str) -> str:
@@ -203,13 +202,12 @@ def normal_uri(uri: str) -> str:
     scheme = uri.split("://", 1)[0]
     if scheme not in ("file", "s3", "gs"):
         raise ConfigError(f"'{uri}' has scheme '{scheme}': use file://, s3:// or gs://, or a path")
-    uri = uri.rstrip("/")
-    where = uri.partition("://")[2]
+    where = uri.partition("://")[2].rstrip("/")
     if ".." in where.split("/") or set(where) & set("?%#") or not where or (scheme == "file" and where[0] != "/"):
         raise ConfigError(
             f"'{uri}' must be a plain URI such as s3://bucket/folder or file:///folder, without '..', '?', '%' or '#'"
         )
-    return uri
+    return f"{scheme}://{where}"
 
 
 def open_external(uri: str) -> BinaryIO:
@@ -228,14 +226,17 @@ def external(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system and the path of a URI outside the store."""
     try:
         fs, path = pafs.FileSystem.from_uri(uri + endpoint_query(uri))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"'{uri}' cannot be opened: {error}: use a path, s3:// or gs://") from error
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"'{uri}' cannot be reached: {reason}: check the network and the credentials") from error
     return fs, path
 
 
 def endpoint_query(uri: str) -> str:
     """What pyarrow must be told of an S3 endpoint that is not Amazon's."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = conditional.s3_endpoint()
     if not uri.startswith("s3://") or not endpoint:
         return ""
     parts = urlsplit(endpoint)
@@ -280,6 +281,36 @@ def _link_new(target: Path, data: bytes, root: Path) -> bool:
         if folder == root:
             break
     return True
+
+
+def _replace_local(target: Path, old: bytes, new: bytes, root: Path) -> bool:
+    """Compare and rename under a lock of the whole store, which the kernel releases with the process."""
+    temporary = _write_beside(target, new)
+    try:
+        fault_point(f"rename {target.name}")
+        with open(root / "replace.lock", "ab") as lock:
+            _lock(lock.fileno())
+            if not target.is_file() or target.read_bytes() != old:
+                return False
+            os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_folder(target.parent)
+    return True
+
+
+def _lock(descriptor: int) -> None:
+    until = time.monotonic() + _REPLACE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                raise FlywheelError(
+                    f"store: replace.lock was held by another process for {_REPLACE_SECONDS:.0f} s: look for one that "
+                    "hangs, then run again"
+                ) from error
+            time.sleep(0.05)
 
 
 def _fsync_folder(folder: str | Path) -> None:

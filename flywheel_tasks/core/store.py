@@ -4,6 +4,7 @@ artifacts/<stage>/<key>/manifest.json          the commit: exists exactly when t
 artifacts/<stage>/<key>/<attempt>/<output>/…   files, invisible until a manifest names them
 cycles/<cycle>/<stage>.json                    which artifact a cycle's stage gave
 forgotten/<pseudonym>.json                     who must never be ingested again
+attempts/<attempt>.json                        a sign of life of an attempt under way: `forget` waits for it
 sources/<digest of a URI>                      size, time and sha256 of a raw log, so it is hashed once
 """
 
@@ -22,6 +23,7 @@ from flywheel_tasks.core.manifest import InputRecord, Manifest, SourceRecord
 from flywheel_tasks.core.storage import Storage, digest_stream, open_external
 
 KEY_DIGITS = 32
+ATTEMPTS = "attempts"
 
 
 def artifact_key(
@@ -30,7 +32,7 @@ def artifact_key(
     code_version: str,
     config: Mapping[str, Any],
     inputs: Mapping[str, InputRecord],
-    sources: tuple[SourceRecord, ...],
+    sources: Mapping[str, tuple[SourceRecord, ...]],
     context: Mapping[str, str],
 ) -> str:
     """The digest of all that decides an artifact's content; the same work has the same key on any machine."""
@@ -40,11 +42,17 @@ def artifact_key(
         "code": code_version,
         "config": config,
         "inputs": {name: [record.stage, record.key, record.output] for name, record in inputs.items()},
-        "sources": [[source.name, source.sha256] for source in sources],
+        "sources": {field: [[source.name, source.sha256] for source in found] for field, found in sources.items()},
         "context": dict(context),
     }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+
+
+def forgotten_users(storage: Storage) -> frozenset[str]:
+    """Pseudonyms of all who asked to be forgotten."""
+    names = (info.base_name for info in storage.list("forgotten"))
+    return frozenset(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
 
 class Artifact:
@@ -133,20 +141,20 @@ class Store:
         ids.name(prefix, "artifact")
         if stage:
             ids.name(stage, "stage")
-        found = [
-            artifact.manifest
-            for artifact in self.artifacts()
-            if stage in ("", artifact.manifest.stage) and artifact.manifest.key.startswith(prefix)
-        ]
+        # Only those that match are read: a damaged manifest must not hide the others.
+        named = [at for at in self.folders() if stage in ("", at[0]) and at[1].startswith(prefix)]
+        found = [artifact for at in named if (artifact := self.find(*at))]
         if len(found) != 1:
             problem = "no artifact matches" if not found else f"{len(found)} artifacts match"
             raise InputError(f"{problem} '{reference}': give STAGE/KEY or a manifest URI (see `flywheel status`)")
-        return Artifact(self.storage, found[0])
+        return found[0]
 
     def commit(self, record: Manifest) -> tuple[Artifact, bool]:
         """Publish the artifact, or find that another attempt was first: then this attempt's files are removed."""
         data = record.to_bytes()
         manifest.parse(data, record.path)
+        if (gone := self.missing(record)) and self.find(record.stage, record.key) is None:
+            raise FlywheelError(f"store: {gone[0]} was removed after it was written: run {record.stage} again")
         if self.storage.put_new(record.path, data):
             return Artifact(self.storage, record), True
         winner = self.get(record.stage, record.key)
@@ -154,6 +162,12 @@ class Store:
         if not won:
             self.discard(record.stage, record.key, record.attempt)
         return winner, won
+
+    def missing(self, record: Manifest) -> list[str]:
+        """Files that the manifest names and the store does not have."""
+        attempts = {"/".join(path.split("/")[:4]) for path in record.paths}
+        there = {self.storage.relative(i) for folder in attempts for i in self.storage.list(folder, recursive=True)}
+        return sorted(record.paths - there)
 
     def discard(self, stage: str, key: str, attempt: str) -> None:
         """Remove an attempt's files; a worker on its way out may add one while they go."""
@@ -201,8 +215,7 @@ class Store:
 
     def forgotten(self) -> frozenset[str]:
         """Pseudonyms that must not enter any artifact."""
-        names = (info.base_name for info in self.storage.list("forgotten"))
-        return frozenset(name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return forgotten_users(self.storage)
 
     def source(self, uri: str, name: str, size: int, mtime_ns: int) -> SourceRecord:
         """Size and sha256 of an outside file, hashed once for each (uri, size, modification time)."""

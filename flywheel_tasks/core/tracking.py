@@ -297,12 +297,14 @@ def _log_checkpoints(uri: str, record: AttemptRecord) -> None:
 
 
 def _log_file(client: Any, run_id: str, path: str, data: bytes) -> None:
+    """Log artifacts/STAGE/KEY/ATTEMPT/OUTPUT/NAME under its name, folders included."""
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="flywheel-") as folder:
-        local = Path(folder) / path.rsplit("/", 1)[-1]
+    folder, _, name = path.split("/", 5)[5].rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="flywheel-") as scratch:
+        local = Path(scratch) / name
         local.write_bytes(data)
-        client.log_artifact(run_id, str(local))
+        client.log_artifact(run_id, str(local), folder or None)
 
 
 def _models(name: str, output: OutputRecord) -> list[dict[str, Any]]:

@@ -67,13 +67,6 @@ def test_every_shipped_profile_loads(profile: str) -> None:
     assert set(config.stages) == {stage.name for stage in pipeline.STAGES}
 
 
-def test_the_cluster_profile_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = pipeline.load_config("cluster").models
-    assert "70b" in models.policy.path
-    assert "8b" in models.signal.path
-    assert any("405b" in candidate.path for candidate in models.candidates)
-
-
 @pytest.mark.parametrize(
     ("override", "named"),
     [
@@ -86,7 +79,10 @@ def test_the_cluster_profile_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> N
         ("store.uri=ftp://x", "use file://, s3:// or gs://"),
         ("store.uri=s3://bucket/../other", "without '..'"),
         ("tune=3", "'tune' is a section"),
-        ("tune.rate", "not KEY=VALUE"),
+        ("tune.rate", "write for example --set tune.rate=VALUE"),
+        ("tune.words=3", "'tune.words': must be a list"),
+        ("tune.rate=high", "'tune.rate': must be a number"),
+        ("store.uri=s3://", "'s3://' must be a plain URI"),
         ("tune.threads=yes", "'threads' is a number"),
         ("tune.words=2026-13-45", "not a YAML value"),
         ("tune.words=[a", "not a YAML value"),
@@ -111,7 +107,7 @@ def test_overrides_win_over_the_file_and_the_file_over_the_profile(tmp_path: Pat
     tuned = config.stages["tune"]
     assert isinstance(tuned, Tuned)
     assert (config.seed, tuned.rate, tuned.words) == (5, 0.75, ("a",))
-    assert "70b" in config.models.policy.path
+    assert config.models.policy.tensor_parallel == 8, "the profile is the file's"
 
 
 @pytest.mark.parametrize("text", ["- a list", "key: [unclosed", "{1: 2, tune: {rate: 3}}"])
@@ -121,6 +117,31 @@ def test_a_broken_config_file_is_one_clear_line(tmp_path: Path, text: str) -> No
     with pytest.raises(ConfigError) as refusal:
         load(STAGES, file=str(file))
     assert "\n" not in str(refusal.value)
+    if text == "key: [unclosed":
+        assert "line 1, column 15" in str(refusal.value)
+
+
+def test_a_section_that_comes_twice_is_refused_and_not_half_forgotten(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("profile: demo\ngate:\n  unsafe_ceiling: 0.001\nseed: 5\ngate:\n  win_rate_precision: 0.2\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml.*line 5.*'gate' is already in line 2"):
+        load(STAGES, file=str(file))
+    with pytest.raises(ConfigError, match="'rate' is already"):
+        load(STAGES, overrides=["tune={rate: 0.1, rate: 0.2}"])
+
+
+def test_what_a_mapping_takes_from_another_may_be_said_anew(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("tune: &shared {rate: 0.25, words: [a]}\ndraw: {<<: *shared, rate: 0.75}\n")
+    loaded = load(STAGES | {"draw": Tuned}, file=str(file)).stages["draw"]
+    assert isinstance(loaded, Tuned)
+    assert (loaded.rate, loaded.words) == (0.75, ("a",))
+
+
+def test_a_threshold_is_never_yes() -> None:
+    for key in ("gate.win_rate.block", "gate.win_rate.hold", "gate.unsafe.worse", "gate.unsafe.doubt"):
+        with pytest.raises(ConfigError, match=f"'{key.rpartition('.')[2]}' is a number, not true"):
+            pipeline.load_config("demo", overrides=[f"{key}=yes"])
 
 
 def test_how_a_stage_runs_is_not_part_of_what_it_computes() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from flywheel_tasks.core import ids, lineage, schemas
+from flywheel_tasks.core import ids, lease, lineage, schemas
 from flywheel_tasks.core.config import FlywheelConfig
 from flywheel_tasks.core.errors import ConfigError, FlywheelError, InputError
 from flywheel_tasks.core.forget import forget
@@ -146,15 +146,9 @@ def test_under_another_key_nothing_is_called_clean(tmp_path: Path, user_key: byt
         forget(store, "ann", b"some other key of a new shell")
 
 
-def test_two_purges_do_not_run_at_once_but_a_dead_one_does_not_block(store: Store, user_key: bytes) -> None:
-    import json
-    import platform
-
-    lock = {"host": platform.node(), "pid": os.getppid(), "at": "2026-11-20T00:00:00+00:00"}
-    store.storage.put("forget.lock", json.dumps(lock).encode())
-    with pytest.raises(FlywheelError, match="another forget runs"):
+def test_two_purges_do_not_run_at_once(store: Store, user_key: bytes) -> None:
+    with lease.held(store.storage, "forget.lock"), pytest.raises(FlywheelError, match="lock is held"):
         forget(store, "ann", user_key)
-    store.storage.put("forget.lock", json.dumps(lock | {"pid": 2**22 + 1}).encode())
     assert forget(store, "ann", user_key)["clean"]
     assert store.storage.read("forget.lock") is None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from flywheel_tasks.core.errors import InputError
+from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.forget import forget
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.partial import Partial
@@ -81,3 +81,24 @@ def test_forgetting_anybody_removes_all_partial_work(tmp_path: Path, user_key: b
     Partial(store.storage, "sft", KEY).put("chunk-0", b"words")
     forget(store, "ann", user_key)
     assert not list(tmp_path.rglob("chunk-0"))
+
+
+def test_an_attempt_that_a_forgotten_user_overtook_keeps_nothing_more(tmp_path: Path, user_key: bytes) -> None:
+    store = Store(str(tmp_path))
+    under_way = Partial(store.storage, "sft", KEY, store.forgotten())
+    under_way.put("chunk-0", b"words")
+    forget(store, "ann", user_key)
+    with pytest.raises(FlywheelError, match="a user was forgotten since this attempt began"):
+        under_way.put("chunk-1", b"words")
+    assert not list(tmp_path.rglob("chunk-*"))
+
+
+def test_work_that_knew_of_the_user_survives_a_second_purge(tmp_path: Path, user_key: bytes) -> None:
+    store = Store(str(tmp_path))
+    forget(store, "ann", user_key)
+    later = Partial(store.storage, "sft", KEY, store.forgotten())
+    later.put("chunk-0", b"words of others")
+    forget(store, "ann", user_key)
+    assert later.get("chunk-0") == b"words of others"
+    forget(store, "bob", user_key)
+    assert later.get("chunk-0") is None

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
+from pydantic import Field
 
-from flywheel_tasks.core import schemas
-from flywheel_tasks.core.config import FlywheelConfig
+from flywheel_tasks.core import runner, schemas, storage
+from flywheel_tasks.core.config import FlywheelConfig, Operational
 from flywheel_tasks.core.errors import CorruptArtifact, FlywheelError, InputError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.runner import Result, run_stage
@@ -193,6 +195,79 @@ def test_other_weights_at_the_same_path_make_another_artifact(config: FlywheelCo
         run(stage, missing)
 
 
+def test_weights_decide_the_key_however_their_folder_is_written(
+    config: FlywheelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    stage = replace(FIRST, config=Modelled, models=("model",))
+    (tmp_path / "model").mkdir()
+    for path in ("~/model", f"file://{tmp_path}/model", f"{tmp_path}/model"):
+        settings = config.model_copy(update={"stages": {FIRST.name: Modelled(model=path)}})
+        keys = set()
+        for weights in (b"one", b"two"):
+            (tmp_path / "model" / "weights.safetensors").write_bytes(weights)
+            keys.add(run(stage, settings).artifact.manifest.key)
+        assert len(keys) == 2, path
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/no/such/folder", "there is no model at"),
+        ("~/no-such-folder", "there is no model at"),
+        ("file:///no/such/folder", "there is no model at"),
+        ("s3://bucket/models/large", "is not STORE/artifacts/STAGE/KEY"),
+    ],
+)
+def test_a_model_whose_weights_cannot_be_told_is_refused_before_the_work(
+    config: FlywheelConfig, path: str, why: str
+) -> None:
+    stage = replace(FIRST, config=Modelled, models=("model",))
+    with pytest.raises(InputError, match=f"drill-first.model: .*{why}"):
+        run(stage, config.model_copy(update={"stages": {FIRST.name: Modelled(model=path)}}))
+
+
+@pytest.mark.parametrize("model", ["", "a-name-at-an-endpoint", f"s3://bucket/artifacts/rl/{'0' * 32}/model"])
+def test_a_name_at_an_endpoint_and_a_checkpoint_speak_for_themselves(config: FlywheelConfig, model: str) -> None:
+    stage = replace(FIRST, config=Modelled, models=("model",))
+    assert run(stage, config.model_copy(update={"stages": {FIRST.name: Modelled(model=model)}})).outcome == "made"
+
+
+class Sourced(DrillConfig):
+    logs: tuple[str, ...] = Field((), json_schema_extra=Operational)
+    cards: tuple[str, ...] = Field((), json_schema_extra=Operational)
+
+
+def test_the_same_files_in_other_fields_make_another_artifact(config: FlywheelConfig, tmp_path: Path) -> None:
+    stage = replace(FIRST, config=Sourced, sources=("logs", "cards"), may_be_empty=("logs", "cards"))
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(name)
+    both, a, b = (f"{tmp_path}/{name}.jsonl" for name in "*ab")
+    keys = set()
+    for logs, cards in (((both,), ()), ((a,), (b,)), ((b,), (a,)), ((), (both,))):
+        settings = config.model_copy(update={"stages": {FIRST.name: Sourced(logs=logs, cards=cards)}})
+        keys.add(run(stage, settings).artifact.manifest.key)
+    assert len(keys) == 4
+
+
+FILES = ("a.gz", "x/b.gz", "x/y/c.gz", "x/y/d.txt", ".hidden.gz", ".git/e.gz")
+
+
+@pytest.mark.parametrize("pattern", ["**/*.gz", "*.gz", "x/*/*.gz", "x/**", "x/**/c.gz", "[ax].gz", "?/b.gz", ".*.gz"])
+def test_a_glob_means_the_same_far_away_as_here(tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FILES:
+        (tmp_path / "bucket" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bucket" / name).write_bytes(b"")
+
+    def far(uri: str) -> tuple[pafs.FileSystem, str]:
+        """Buckets that lie in the folder."""
+        return pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), uri.removeprefix("s3://")
+
+    monkeypatch.setattr(runner, "external", far)
+    here = {path.removeprefix(f"{tmp_path}/bucket/") for path in runner.expand(f"{tmp_path}/bucket/{pattern}")}
+    assert {path.removeprefix("s3://bucket/") for path in runner.expand(f"s3://bucket/{pattern}")} == here != set()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_none_is_never_committed(config: FlywheelConfig, store: Store, value: float) -> None:
     def diverged(inputs: Inputs, settings: object, out: Output) -> None:
@@ -239,3 +314,23 @@ def test_what_a_folder_of_the_store_lists_enters_the_key(tmp_path: Path) -> None
             store.storage.put(f"champion/ledger/{entry}", b"{}")
         keys.append(run_stage(stage, CYCLE, config, store).artifact.manifest.key)
     assert keys[0] != keys[1] == run_stage(stage, CYCLE, config, store).artifact.manifest.key
+
+
+@pytest.mark.parametrize(("changed", "said"), [("", "abc"), (" M flywheel_tasks/cli.py", "abc-dirty")])
+def test_a_commit_is_not_claimed_for_code_that_was_changed(
+    monkeypatch: pytest.MonkeyPatch, changed: str, said: str
+) -> None:
+    monkeypatch.delenv("FLYWHEEL_COMMIT", raising=False)
+    monkeypatch.setattr(runner, "_git", lambda folder, verb, *rest: "abc" if verb == "rev-parse" else changed)
+    assert runner._commit.__wrapped__() == said
+
+
+def test_a_network_that_is_down_is_not_called_a_wrong_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Down:
+        @staticmethod
+        def from_uri(uri: str) -> None:
+            raise OSError("When resolving region: curlCode: 6, Couldn't resolve host name")
+
+    monkeypatch.setattr(storage.pafs, "FileSystem", Down)
+    with pytest.raises(InputError, match="cannot be reached.*check the network"):
+        storage.external("s3://bucket/logs")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from flywheel_tasks.core.storage import Storage
 from flywheel_tasks.core.store import Store
 from tests.drills import worker
 
@@ -33,7 +35,7 @@ def race(store_uri: str, gate: str, serial: int) -> Counter[str]:
     return Counter(outcome for _, outcome, _, _ in results)
 
 
-@pytest.mark.parametrize("gate", ["commit", "link"])
+@pytest.mark.parametrize("gate", ["commit artifacts", "link manifest"])
 def test_eight_writers_one_winner(tmp_path: Path, gate: str, capsys: pytest.CaptureFixture[str]) -> None:
     total: Counter[str] = Counter()
     for serial in range(4):
@@ -41,3 +43,16 @@ def test_eight_writers_one_winner(tmp_path: Path, gate: str, capsys: pytest.Capt
     with capsys.disabled():
         print(f"\n  {WRITERS} writers at '{gate}', 4 rounds: {dict(total)}")
     assert total == {"made": 4, "lost": 4 * (WRITERS - 1)}
+
+
+def test_of_many_replacements_of_the_same_bytes_one_succeeds(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.put("count", b"0")
+    for number in range(5):
+        with ThreadPoolExecutor(WRITERS) as pool:
+            old, new = str(number).encode(), str(number + 1).encode()
+            done = list(pool.map(lambda _, o=old, n=new: storage.replace("count", o, n), range(WRITERS)))
+        assert sum(done) == 1
+        assert storage.read("count") == new
+    assert not storage.replace("absent", b"", b"x")
+    assert storage.read("absent") is None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import boto3
+import obstore
 import pytest
 from moto.server import ThreadedMotoServer
 
+from flywheel_tasks.core import conditional
 from flywheel_tasks.core.errors import CorruptArtifact
 from flywheel_tasks.core.store import Store
 from tests.core.test_store_faults import kill_everywhere
@@ -80,10 +83,54 @@ def test_put_new_is_won_once(bucket: str) -> None:
     assert storage.read("artifacts/a/manifest.json") == b"one"
 
 
+def test_a_replacement_of_other_bytes_is_refused(bucket: str) -> None:
+    storage = Store(bucket).storage
+    storage.put("cycles/x", b"one")
+    assert storage.replace("cycles/x", b"one", b"two")
+    assert not storage.replace("cycles/x", b"one", b"three")
+    assert storage.read("cycles/x") == b"two"
+    assert not storage.replace("cycles/absent", b"", b"x")
+
+
+def test_a_replacement_between_the_look_and_the_put_is_seen(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Store(bucket).storage
+    storage.put("cycles/x", b"one")
+    look = obstore.get
+
+    def overtaken(*arguments: Any) -> Any:
+        found = look(*arguments)
+        storage.put("cycles/x", b"other")
+        return found
+
+    monkeypatch.setattr(obstore, "get", overtaken)
+    assert not storage.replace("cycles/x", b"one", b"two")
+    assert storage.read("cycles/x") == b"other"
+
+
+def test_a_commit_uses_the_credentials_that_the_data_went_with(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "credentials").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage = Store(bucket).storage
+    storage.put("x/data", b"1")
+    assert storage.put_new("x/manifest.json", b"{}")
+
+
+def test_a_commit_goes_to_the_region_in_which_the_data_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    assert conditional.connect("s3://somewhere/store", "eu-central-1").config["region"] == "eu-central-1"
+
+
 def test_eight_writers_one_winner(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         for serial in range(3):
-            print(f"\n  s3: {WRITERS} writers at 'commit', round {serial + 1}: {dict(race(bucket, 'commit', serial))}")
+            found = dict(race(bucket, "commit artifacts", serial))
+            print(f"\n  s3: {WRITERS} writers at 'commit', round {serial + 1}: {found}")
 
 
 @pytest.mark.parametrize("stride", [20, pytest.param(1, marks=pytest.mark.slow)])

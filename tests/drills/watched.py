@@ -4,49 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from tests.conftest import ROOT
 from tests.drills import small_cycle
+from tests.drills.hooking import hooked
 
-AUDIT = """
-import os, sys
-_stdlib = os.path.dirname(os.__file__)
-def _hook(event, arguments, _file=os.environ.get("FLYWHEEL_AUDIT")):
-    if event != "pickle.find_class" or not _file:
-        return
-    frame, caller = sys._getframe(1), None
-    while frame is not None:  # who called pickle: the first frame that is no part of the standard library
-        name = frame.f_code.co_filename
-        if not name.startswith("<") and not (name.startswith(_stdlib) and "site-packages" not in name):
-            caller = name
-            break
-        frame = frame.f_back
-    with open(_file, "a") as file:
-        file.write(f"{caller}\\t{arguments[0]}.{arguments[1]}\\n")
-sys.addaudithook(_hook)
-"""
+PRODUCT = ROOT / "flywheel_tasks"
+ENTRANCES = {
+    "/ray/_private/serialization.py": "results that a worker of this cycle's own Ray sends back to it",
+}
+"""Through these files of a library the product may unpickle, and why."""
 
 
-def audited(folder: Path) -> dict[str, str]:
+class Call(NamedTuple):
+    """One unpickling: the function of the product that led to it (or none), of what, and the files in between."""
+
+    by: str
+    what: str
+    through: str
+
+
+def audited(folder: Path, product: Path = PRODUCT) -> dict[str, str]:
     """The environment in which every Python process writes down who unpickles what; `unpickled` reads it."""
-    hook = folder / "audit"
-    hook.mkdir(parents=True, exist_ok=True)
-    (hook / "sitecustomize.py").write_text(AUDIT)
-    return {"FLYWHEEL_AUDIT": str(hook / "calls.txt"), "PYTHONPATH": f"{hook}:{ROOT}"}
+    return hooked(folder, "audit", DRILL_AUDIT=str(folder / "calls.txt"), DRILL_AUDIT_OF=str(product))
 
 
-def unpickled(folder: Path) -> list[str]:
-    """Caller and class of everything that was unpickled."""
-    calls = folder / "audit" / "calls.txt"
-    return calls.read_text().splitlines() if calls.exists() else []
+def unpickled(folder: Path) -> list[Call]:
+    """Every kind of unpickling that any of the processes did."""
+    calls = folder / "calls.txt"
+    return [Call(*line.split("\t")) for line in calls.read_text().splitlines()] if calls.exists() else []
 
 
-def ours(calls: list[str]) -> list[str]:
-    """Those of the product's own files."""
-    return [call for call in calls if call.startswith(str(ROOT / "flywheel_tasks"))]
+def ours(calls: Sequence[Call]) -> list[Call]:
+    """Those that the product led to, other than through an entrance."""
+    return [call for call in calls if call.by and not entrance(call)]
+
+
+def entrance(call: Call) -> str | None:
+    """The entrance that the call went through."""
+    return next((known for known in ENTRANCES if known in call.through), None)
+
+
+def summary(calls: Sequence[Call]) -> str:
+    """The counts, for people."""
+    through = {known: sum(bool(call.by) and entrance(call) == known for call in calls) for known in ENTRANCES}
+    listed = ", ".join(f"{number} through {known}" for known, number in through.items())
+    return (
+        f"{len(calls):,} kinds of unpickling: {len(ours(calls))} by product code, {listed}, the rest by libraries alone"
+    )
 
 
 def run(folder: Path, logs: str, stages: tuple[str, ...], more: tuple[str, ...] = (), **variables: str) -> set[str]:
