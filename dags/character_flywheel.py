@@ -1,4 +1,4 @@
-"""The weekly cycle, from ingest to the A/B arms: every stage of the pipeline that runs once a week."""
+"""The weekly cycle, from ingest to promote: every stage of the pipeline that runs once a week."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ TOKEN_VARIABLE = "RAY_AUTH_TOKEN"  # noqa: S105
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 PATIENCE_SECONDS = 300
 """How long the cluster's head may be away before the job is given up: a head restarts in less."""
+LOG_BYTES_PER_SECOND = 100_000
+"""The API hands out a log whole each time, so a long one is asked for less often."""
 
 
 class Launcher(RemoteOperator):
@@ -65,24 +67,34 @@ class Launcher(RemoteOperator):
 
     def follow(self, api: httpx.Client, pause: float) -> Ended:
         """Log what the job says until it is over."""
-        seen, last_heard = 0, time.monotonic()
+        seen, last_heard, read_again = 0, time.monotonic(), 0.0
         while True:
             try:
                 job = api.get(f"/api/jobs/{self._job}").raise_for_status().json()
-                text = api.get(f"/api/jobs/{self._job}/logs").raise_for_status().json()["logs"]
             except httpx.HTTPError as error:
                 if time.monotonic() - last_heard > PATIENCE_SECONDS:
                     return Ended(None, f"was lost: {api.base_url} has not answered for {PATIENCE_SECONDS} s ({error})")
                 time.sleep(pause)
                 continue
             last_heard, over = time.monotonic(), job["status"] in OVER
-            end = len(text) if over else text.rfind("\n") + 1
-            for line in text[seen:end].splitlines():
-                self.log.info("%s", printable(line.encode()))
-            seen = max(seen, end)
+            if over or last_heard >= read_again:
+                seen, read_again = self.tell(api, seen, over), last_heard + max(pause, seen / LOG_BYTES_PER_SECOND)
             if over:
                 return ended(job)
             time.sleep(pause)
+
+    def tell(self, api: httpx.Client, seen: int, over: bool) -> int:
+        """Log what the job said after the first `seen` characters, whole lines until it is over; how much that is now.
+        A log that can't be read says nothing about the job."""
+        try:
+            text = api.get(f"/api/jobs/{self._job}/logs").raise_for_status().json()["logs"]
+        except httpx.HTTPError as error:
+            self.log.warning("the log of job %s can't be read at the moment: %s", self._job, error)
+            return seen
+        end = len(text) if over else text.rfind("\n") + 1
+        for line in text[seen:end].splitlines():
+            self.log.info("%s", printable(line.encode()))
+        return max(seen, end)
 
     def on_kill(self) -> None:
         """Ask the cluster to stop the job; Airflow calls this in a signal handler, so it may not wait long."""
