@@ -10,14 +10,13 @@ import json
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.core.stage import Resources, Stage
+from flywheel_tasks.core.yaml_file import read_yaml
 from flywheel_tasks.pipeline import STAGES
 
 VARIABLE = "FLYWHEEL_DEPLOYMENT"
@@ -127,9 +126,7 @@ def load() -> Deployment:
     if not path:
         return Deployment()
     try:
-        return Deployment.model_validate(yaml.safe_load(Path(path).read_text()) or {})
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{VARIABLE}={path} cannot be read: {str(error).splitlines()[0]}") from error
+        return Deployment.model_validate(read_yaml(path, f"${VARIABLE}"))
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))

@@ -13,11 +13,16 @@ from flywheel_tasks.services import Endpoints, state_dir
 
 HERE = Path(__file__).parent
 SIZE = {"width": 1440, "height": 900}
+MODELS_SIZE = {"width": 1440, "height": 520}
+WITHOUT_PATH = (
+    "const line = document.querySelector('.sub'); line.textContent = line.textContent.replace(/.*\\/store/, 'store')"
+)
+"""Where the store lay on whoever took the picture."""
 REPORT_SIZE = {"width": 1200, "height": 1500}
 
 
 def airflow(browser: Browser, at: Endpoints) -> None:
-    """The grid of the weekly DAG."""
+    """The runs of the weekly DAG, stage by stage."""
     page = browser.new_page(viewport=SIZE)
     page.set_default_timeout(60_000)
     page.goto(at.airflow, wait_until="domcontentloaded")
@@ -26,14 +31,17 @@ def airflow(browser: Browser, at: Endpoints) -> None:
     page.keyboard.press("Enter")
     page.wait_for_url(lambda url: "login" not in url)
     page.goto(f"{at.airflow}/dags/character_flywheel", wait_until="domcontentloaded")
-    page.wait_for_timeout(12_000)
+    page.get_by_label("Expand all task groups").click()
+    page.get_by_role("link", name="Runs").first.click()
+    page.wait_for_timeout(8_000)
+    page.mouse.move(5, 5)
     page.screenshot(path=HERE / "airflow.png")
 
 
 def mlflow(browser: Browser, at: Endpoints) -> None:
     """The models of a cycle, side by side."""
     login = {"username": at.user, "password": at.password()}
-    page = browser.new_context(http_credentials=login, viewport=SIZE).new_page()
+    page = browser.new_context(http_credentials=login, viewport=MODELS_SIZE).new_page()
     page.set_default_timeout(60_000)
     found = page.request.post(f"{at.mlflow}/api/2.0/mlflow/experiments/search", data={"max_results": 50}).json()[
         "experiments"
@@ -41,6 +49,10 @@ def mlflow(browser: Browser, at: Endpoints) -> None:
     (cycles,) = [one["experiment_id"] for one in found if one["name"] != "Default"]
     page.goto(f"{at.mlflow}/#/experiments/{cycles}/models?workflowType=machine_learning", wait_until="domcontentloaded")
     page.wait_for_timeout(8_000)
+    assistant = page.get_by_text("MLflow Assistant")
+    if assistant.count():
+        page.locator("header, div").filter(has=assistant).last.get_by_role("button").last.click()
+    page.wait_for_timeout(1_000)
     page.screenshot(path=HERE / "mlflow.png")
 
 
@@ -49,8 +61,10 @@ def report(browser: Browser) -> None:
     page = browser.new_page(viewport=REPORT_SIZE)
     page.goto((state_dir() / "report" / "index.html").as_uri())
     page.wait_for_timeout(1_000)
-    page.locator("h2").first.scroll_into_view_if_needed()
-    page.screenshot(path=HERE / "report.png", clip={"x": 0, "y": 100, "width": 1200, "height": 1250})
+    page.evaluate(WITHOUT_PATH)
+    bottom = page.locator("h2").nth(2).bounding_box()
+    height = bottom["y"] if bottom else REPORT_SIZE["height"]
+    page.screenshot(path=HERE / "report.png", full_page=True, clip={"x": 0, "y": 0, "width": 1200, "height": height})
 
 
 def main() -> None:

@@ -114,12 +114,18 @@ def cycle(
     config: FlywheelConfig,
     cycle: Cycle,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="A stage to leave out. Repeatable.")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="The last stage to run: annotate-export, before people judge what it sent.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a whole cycle in this process, stage after stage. Stages whose artifact exists are not run again."""
     left_out = {pipeline.by_name(name).name for name in skip or []}
+    last = pipeline.by_name(until) if until else None
+    if last and last not in pipeline.weekly():
+        raise InputError(f"--until {until}: it runs every day, not in a cycle; see `flywheel stages`")
     results = []
-    for stage in pipeline.weekly():
+    for stage in pipeline.until(last):
         if stage.name not in left_out:
             artifact, outcome = _run_stage(stage, cycle, config, {})
             results.append({"stage": stage.name, "outcome": outcome, "key": artifact.manifest.key, "uri": artifact.uri})

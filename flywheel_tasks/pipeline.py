@@ -58,6 +58,12 @@ def load_config(profile: str | None = None, file: str | None = None, overrides: 
     return load({stage.name: stage.config for stage in STAGES}, profile, file, overrides)
 
 
+def until(last: Stage | None) -> tuple[Stage, ...]:
+    """The stages of a cycle up to `last`, or all of them."""
+    stages = weekly()
+    return stages[: stages.index(last) + 1] if last else stages
+
+
 def weekly() -> tuple[Stage, ...]:
     """The stages of one cycle; the daily ones read the A/B test afterwards."""
     return tuple(stage for stage in STAGES if stage.schedule == "weekly")

@@ -52,6 +52,13 @@ def test_the_last_line_of_a_run_is_the_manifests_uri(home: Path, uri: str) -> No
     assert "already there" in again.stderr
 
 
+def test_a_cycle_stops_before_people_judge_when_told_to(home: Path, uri: str) -> None:
+    arguments = ("--cycle", CYCLE, "--set", f"ingest.logs={home}/logs/*", "--until", "filter", "--json")
+    done = flywheel(home, "cycle", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert [one["stage"] for one in json.loads(done.stdout)] == ["ingest", "filter"]
+
+
 def test_a_cached_stage_is_quick(home: Path, uri: str) -> None:
     arguments = ("run", "ingest", "--cycle", CYCLE, "--set", f"ingest.logs={home}/logs/*")
     began = time.monotonic()
@@ -105,6 +112,8 @@ def test_status_show_and_lineage_tell_people_and_machines_the_same(home: Path, u
         (("show", "zzz"), "no artifact matches"),
         (("lineage",), "give either an artifact or --user"),
         (("cycle", "--cycle", CYCLE, "--skip", "nothing"), "no stage 'nothing'"),
+        (("cycle", "--cycle", CYCLE, "--until", "nothing"), "no stage 'nothing'"),
+        (("cycle", "--cycle", CYCLE, "--until", "readout"), "it runs every day"),
         (("run", "ingest"), "Missing option '--cycle': see `flywheel run --help`"),
         (("run", "--cycle", CYCLE), "Missing argument 'stage': see `flywheel run --help`"),
         (("run", "ingest", "--cycel", CYCLE), "No such option: --cycel"),

@@ -9,23 +9,27 @@ from flywheel_tasks.core.config import ModelConfig, StageConfig
 from flywheel_tasks.core.stage import Resources
 
 
-def gpus(config: StageConfig) -> int:
-    """GPUs in use at once. An engine on a single one also runs on cores, so it needs none."""
+def gpus(config: StageConfig, nodes: int = 1) -> int:
+    """GPUs in use at once. An engine on a single one also runs on cores, so alone it needs none."""
     placement, engine = getattr(config, "placement", None), getattr(config, "engine", None)
     learners = placement.workers * placement.gpus if placement else 0
     engine = engine or getattr(getattr(config, "scoring", None), "engine", None)
     width = max([getattr(config, "tensor_parallel", 1), *(model.tensor_parallel for model in _models(config))])
-    engines = _engines(width, getattr(engine, "replicas", 1)) if engine else 0
+    replicas = getattr(engine, "replicas", 1)
+    rollouts = math.ceil(getattr(config, "rollout_gpus", 0))
+    if rollouts:  # one engine on one node lives in their process; others have GPUs of their own
+        engines = 0 if nodes == 1 and replicas == 1 else width * replicas
+    else:
+        engines = _engines(width, replicas) if engine else 0
     serving = getattr(config, "serving", None)
     served = _engines(serving.tensor_parallel, serving.engine.replicas) if serving else 0
     embedding = math.ceil(getattr(config, "embed_actors", 0) * getattr(config, "embed_gpus", 0))
-    together = learners + engines + math.ceil(getattr(config, "rollout_gpus", 0))
-    return max(together, served, embedding)
+    return max(learners + engines + rollouts, served, embedding)
 
 
 def misfit(stage: str, config: StageConfig, granted: Resources) -> str | None:
     """Why the stage can't run on what it is granted, or holds it for nothing; None where it fits."""
-    needed, given = gpus(config), granted.gpus * granted.nodes
+    needed, given = gpus(config, granted.nodes), granted.gpus * granted.nodes
     placement = getattr(config, "placement", None)
     if needed > given:
         nodes = f"{granted.gpus} on each of {granted.nodes} nodes" if granted.nodes > 1 else str(given)

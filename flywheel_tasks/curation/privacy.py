@@ -61,8 +61,8 @@ class PrivacyConfig(StageConfig):
     longest_text: int = Field(
         2_000_000,
         ge=1,
-        description="characters of a text that the rules read, in a few seconds at most; the row of a longer one that "
-        "may hold an identifier is rejected",
+        description="characters of a text that the rules read (some ten seconds at the worst); the row of a longer one "
+        "that may hold an identifier is rejected",
     )
     timeout_s: float = Field(
         60.0,

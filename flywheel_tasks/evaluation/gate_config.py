@@ -72,7 +72,9 @@ class GateConfig(StageConfig):
         "metrics.instruction_violation: that it could not be measured is shown and does not block",
     )  # fmt: skip
     evidence: tuple[str, ...] = Field(
-        (), description="globs of JSON files with what people measured: red_team, safety, human_win_rate"
+        (),
+        description="globs of JSON files with what people measured of a candidate that the file names: red_team, "
+        "safety, human_win_rate",
     )
     win_rate: Band = Field(
         Band(hold=0.65, block=0.70), description="reward-model win-rate: PASS below 65 %, BLOCK from 70 % (Sec. 3.1.2)"
@@ -106,7 +108,7 @@ class GateConfig(StageConfig):
     judge_kappa: float = Field(
         0.6, ge=-1, le=1, description="a judge whose agreement with human labels is lower can't gate"
     )
-    max_age_days: float = Field(14, gt=0, description="evidence that is older is stale")
+    max_age_days: float = Field(14, gt=0, le=36_500, description="evidence that is older is stale")
     alpha: float = Field(0.05, gt=0, lt=1, description="level of intervals that the evidence does not bring along")
 
     @field_validator("require", "waived")
@@ -114,7 +116,7 @@ class GateConfig(StageConfig):
     def _known(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
         for path in paths:
             if not is_requirable(path):
-                raise ValueError(f"'{path}' is no section of the evidence: see flywheel gate --help")
+                raise ValueError(f"'{path}' is no section of the evidence: see `flywheel config gate`")
         return paths
 
     @model_validator(mode="after")

@@ -15,7 +15,8 @@ LEARNERS = "placement={workers: 8, gpus: 1}"
     ("stage", "settings", "needed"),
     [
         ("rl", [], 0),  # an engine on one GPU also runs on cores
-        ("rl", [LEARNERS, "tensor_parallel=4", "rollout_gpus=1"], 13),  # all three at once
+        ("rl", [LEARNERS, "tensor_parallel=4", "rollout_gpus=4"], 12),  # the engine lives with the rollouts
+        ("rl", [LEARNERS, "engine.replicas=2", "rollout_gpus=1"], 11),  # all three at once
         ("sft", [LEARNERS, "serving.tensor_parallel=2"], 8),  # one after the other
         ("dpo", ["serving.tensor_parallel=4", "serving.engine.replicas=3"], 12),
         ("pairs", ["candidates=[{path: /models/big, tensor_parallel: 16}]"], 16),  # a policy after another
@@ -27,6 +28,11 @@ LEARNERS = "placement={workers: 8, gpus: 1}"
 def test_gpus_in_use_at_once(stage: str, settings: list[str], needed: int):
     config = load_config("demo", None, [f"{stage}.{one}" for one in settings])
     assert gpus(config.stages[stage]) == needed
+
+
+def test_over_several_nodes_an_engine_has_gpus_of_its_own():
+    config = load_config("demo", None, [f"rl.{LEARNERS}", "rl.tensor_parallel=4", "rl.rollout_gpus=1"])
+    assert gpus(config.stages["rl"], nodes=2) == 13
 
 
 def test_the_demo_fits_a_machine_without_gpus():

@@ -332,5 +332,5 @@ def test_a_network_that_is_down_is_not_called_a_wrong_uri(monkeypatch: pytest.Mo
             raise OSError("When resolving region: curlCode: 6, Couldn't resolve host name")
 
     monkeypatch.setattr(storage.pafs, "FileSystem", Down)
-    with pytest.raises(InputError, match="cannot be reached.*check the network"):
+    with pytest.raises(InputError, match=r"cannot be reached.*check the network"):
         storage.external("s3://bucket/logs")

@@ -70,7 +70,8 @@ settings:
         ("resources: {sft: {nodes: 0}}", "resources.sft.nodes"),
         ("environment: {API_KEY: abc}", "looks like a secret"),
         ("settings: [a]", "settings"),
-        ("{", "cannot be read"),
+        ("{", "is not YAML: line 1"),
+        ("gpus: false\ngpus: true", "gpus"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(deploy: Deploy, text: str, message: str):

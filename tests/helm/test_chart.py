@@ -205,7 +205,7 @@ config = load_config(here.environment["FLYWHEEL_PROFILE"], None, deployment.over
 granted = {stage.name: here.resources_of(stage) for stage in STAGES}
 print(json.dumps({
     "misfits": [why for s in STAGES if (why := misfit(s.name, config.stages[s.name], granted[s.name]))],
-    "used": sum(gpus(config.stages[s.name]) for s in STAGES),
+    "used": sum(gpus(config.stages[s.name], granted[s.name].nodes) for s in STAGES),
     "spread": {s.name: granted[s.name].nodes * granted[s.name].gpus for s in STAGES if granted[s.name].nodes > 1},
     "logs": config.stages["ingest"].logs,
     "urls": [value for value in config.flat().values() if value.startswith("http")],

@@ -1,5 +1,6 @@
 """One of two workers that train together over gloo, without Ray: `python -m tests.training.pair RANK PORT FOLDER MODEL
-KIND`. KIND is `copies` or `shards`, then `lora` or `full`, a dtype, and what is trained: shards-lora-float32-sft."""
+KIND`. KIND is `copies` or `shards`, then `lora` or `full`, a dtype, what is trained, and `again` where layers are
+computed twice: shards-lora-float32-sft."""
 
 from __future__ import annotations
 
@@ -30,12 +31,12 @@ SAID = ("The tide is high.", "Gulls.", "A long story of salt and rope and rain."
 
 def settings(model: Path, kind: str) -> dict[str, Any]:
     """13 examples in batches of 4: the last batch has one row for two workers."""
-    _, tuned, dtype, what = kind.split("-")
+    _, tuned, dtype, what, *again = kind.split("-")
     loading = {"lora": Lora(rank=4, alpha=8) if tuned == "lora" else None, "dtype": getattr(torch, dtype)}
     task, rows = TASKS[what](model, loading)
     return {
         "what": task, "rows_table": rows, "batch": 4, "epochs": 1, "token_budget": 150, "learning_rate": 1e-3,
-        "save_every": 1,
+        "save_every": 1, "checkpoint_layers": bool(again),
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from tests.training import bags, pair, whole
         "copies-lora-float32-sft",
         "copies-full-bfloat16-sft",
         "shards-lora-bfloat16-sft",
-        "shards-lora-float32-dpo",
+        "shards-lora-float32-dpo-again",
         "shards-full-float32-sft",
         "shards-full-float32-pointwise",
     ],
