@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from flywheel_tasks.core.errors import FlywheelError, InputError
@@ -16,6 +17,8 @@ _OBJECT_STORE_BYTES = 256 << 20
 _START_SECONDS, _TRIES = 90, 3
 """A raylet gives its agents 15 s to start, however busy the machine is, and else dies (ray-project/ray#65983), which
 Ray sees as one that is slow: another try costs less than a longer wait."""
+_HANG_SECONDS = 2 * _TRIES * _START_SECONDS
+"""On a machine that is starved enough Ray's own connect waits for ever, in a call that nothing interrupts."""
 _LEAN = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
 """For the workers of a small machine: give memory back instead of keeping pools; a fifth less in all, measured."""
 _LATE = "timed out during startup"
@@ -71,6 +74,27 @@ def _ensure() -> Any:
 
 def _start(ray: Any) -> None:
     """A Ray of this process, on loopback."""
+    hung = threading.Timer(_HANG_SECONDS, _give_up)
+    hung.daemon = True
+    hung.start()
+    try:
+        _try(ray)
+    finally:
+        hung.cancel()
+
+
+def _give_up() -> None:
+    """End this process and what it started: a stage that hangs is a failure, which the scheduler tries again."""
+    import psutil
+
+    print(f"error: Ray did not start on this machine in {_HANG_SECONDS} s and can't be interrupted", file=sys.stderr)
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(1)
+
+
+def _try(ray: Any) -> None:
     for left in reversed(range(_TRIES)):
         try:
             ray.init(

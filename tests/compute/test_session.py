@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 # A raylet gives its agents 15 s to start: those of the first `late` raylets take longer. What runs at Python's start is
@@ -29,6 +31,30 @@ try:
 except FlywheelError as error:
     print(error)
 """
+
+
+HANG = """
+import subprocess, sys, time, types
+from flywheel_tasks.compute import session
+
+def init(**told):
+    print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
+    time.sleep(60)
+
+sys.modules["ray"] = types.SimpleNamespace(init=init, is_initialized=lambda: False)
+session._HANG_SECONDS = 0.5
+session._stay_on_loopback = lambda: None
+session.ensure()
+"""
+
+
+def test_a_ray_that_hangs_ends_the_stage_and_what_it_started() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, env=env, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: Ray did not start on this machine in 0.5 s")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(done.stdout)).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow
