@@ -10,6 +10,7 @@ from flywheel_tasks.simulation import faults
 from flywheel_tasks.simulation.characters import character_table, demo_characters
 from flywheel_tasks.simulation.traffic import write_event_log
 from tests.drills import small_cycle, watched
+from tests.drills.whole_loop import CROWDED
 
 USERS = 140
 STAGES = ("ingest", "filter", "diversify", "constrain", "signal-rm", "expose", "readout")
@@ -34,7 +35,7 @@ class Lived:
     def live(self, *more: str, **variables: str) -> None:
         """The cycle, from the logs to the readout."""
         logs = str(self.folder / "logs" / "*.jsonl")
-        self.listening |= watched.run(self.folder, logs, STAGES, (*self._more, *more), **variables)
+        self.listening |= watched.run(self.folder, logs, STAGES, (*self._more, *more), **CROWDED, **variables)
 
     def everywhere(self) -> dict[str, str]:
         """Every file that the cycle left, in the store and in tracking, as text."""
