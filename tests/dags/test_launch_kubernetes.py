@@ -284,7 +284,7 @@ def test_a_wrong_deployment_file_is_one_clear_error(deployment_file: Path):
         ("imagee: x", "imagee"),
         ("environment: {AWS_SECRET_ACCESS_KEY: abc}", "looks like a secret"),
         ("image: ''", "no image"),
-        ("a: [", "cannot be read"),
+        ("a: [", "is not YAML: line 1"),
     ):
         deployment_file.write_text(body)
         with pytest.raises(ConfigError, match=message) as caught:
