@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from flywheel_tasks.core.config import Operational
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+from flywheel_tasks.core.config import Operational, Section
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """One engine, or several replicas of it. Only the first two fields change what comes out."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the weights")
@@ -46,7 +42,7 @@ class EngineConfig(_Section):
     )
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """How responses are drawn. The defaults sample from the policy itself: no temperature, no truncation."""
 
     k: int = Field(1, ge=1, le=1024, description="responses per prompt")
