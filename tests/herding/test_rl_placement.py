@@ -15,26 +15,8 @@ from flywheel_tasks.models import engine_link
 from flywheel_tasks.training import run
 from flywheel_tasks.training.loop import Job
 from tests.herding import rl_world
+from tests.models.noted_ray import Noted
 from tests.training import bags
-
-
-class Noted:
-    """A Ray that notes what its actors ask for."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": float(session.cpus())}
-
-    def remote(self, _: type) -> Any:
-        return SimpleNamespace(options=self._options)
-
-    def _options(self, **named: Any) -> Any:
-        self.asked.append(named)
-        return SimpleNamespace(remote=lambda *_: SimpleNamespace(ready=SimpleNamespace(remote=lambda: None)))
-
-    def kill(self, *_: Any, **__: Any) -> None: ...
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -18,6 +16,7 @@ from flywheel_tasks.compute import session
 from flywheel_tasks.models import engine_link
 from flywheel_tasks.models import engine_wire as wire
 from flywheel_tasks.models.engine_link import EngineLost, ProcessLink
+from tests.models.noted_ray import Noted
 
 DRAW = wire.Draw(1, 1.0, 1.0, 256, 0)
 SMALL = wire.Abort()
@@ -70,29 +69,12 @@ def test_an_answer_in_time_leaves_the_engine_alone() -> None:
         assert alive.call(SMALL, 60.0) == first
 
 
-class Cluster:
-    """A Ray that notes what is asked of it."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": float(session.cpus())}
-
-    def remote(self, _: type) -> Any:
-        return SimpleNamespace(options=self._options)
-
-    def _options(self, **named: Any) -> Any:
-        self.asked.append(named)
-        return SimpleNamespace(remote=lambda: None)
-
-
 @pytest.mark.parametrize(("address", "cores"), [(None, 0), ("ray://head:10001", 2)])
 def test_engines_of_one_machine_leave_its_cores_to_the_learners(
     monkeypatch: pytest.MonkeyPatch, address: str | None, cores: int
 ) -> None:
     """On a cluster an engine is placed like anything else; on one machine the learners ask for all there is."""
-    ray = Cluster()
+    ray = Noted()
     monkeypatch.setattr(session, "ensure", lambda: ray)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address:
