@@ -12,7 +12,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from flywheel_tasks.core.runner import run_stage
 from flywheel_tasks.core.stage import Input, Stage
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.demo_week import GATE
+from flywheel_tasks.herding import guardrail
 from flywheel_tasks.models.engine import open_engine
 from flywheel_tasks.pipeline import by_name, load_config
 from flywheel_tasks.simulation import world
@@ -50,8 +52,9 @@ FIRST = (
     "preference-pointwise", "preference-pairwise", "signal-rm", "rejection-sample", "sft",
 )  # fmt: skip
 LAST = ("respond", "metrics", "winrate", "gate")
-UNITS = 20_000
-"""Of each arm in the A/B week: its effect is the candidate's true one, its noise that of 7 days of people."""
+UNITS = 100_000
+"""Of each arm in the A/B week: its effect is the candidate's true one, its noise that of 7 days of people. With 20,000
+the readout can't rule out that 2 % of people left, one week in four, and holds whatever the depth."""
 MOST_TURNS = 12
 """Of a user in a conversation, in the traffic and in the A/B week. Without an end, ten questions of three hundred would
 hold a third of all depth, and the week would be about those ten."""
@@ -111,7 +114,11 @@ class Wheel:
         for name in self.arm.trains:
             stage = by_name(name)
             try:
-                self._run(stage, cycle, self._rewarded(config, cycle, traffic) if name == "rl" else config)
+                if name == "rl" and self.arm.signals:
+                    with _unguarded():
+                        self._run(stage, cycle, self._rewarded(config, cycle, traffic))
+                else:
+                    self._run(stage, cycle, config)
             except FlywheelError as error:
                 return self._stopped(cycle, champion, str(error)) | {"seconds": time.monotonic() - began}
             last = name
@@ -146,6 +153,7 @@ class Wheel:
         }  # fmt: skip
         if self.arm.signals:
             found["signal_win_rate"] = self._signal_win_rate(cycle)
+            found["rl_guardrail"] = self._guardrail(cycle)
         return found
 
     def _stopped(self, cycle: str, champion: ModelConfig, reason: str) -> dict[str, Any]:
@@ -174,6 +182,15 @@ class Wheel:
         overall = self._artifact(cycle, f"preference-{kind}").json("report")["overall"]["model"]
         return {name: float(overall[name]) for name in ("accuracy", "low", "high", "n")}
 
+    def _guardrail(self, cycle: str) -> dict[str, str]:
+        """What RL's own guardrail, as the demo sets it, says of the policy that was handed out without it."""
+        report = self._artifact(cycle, "rl").json("report")
+        step = int(report["chosen"])
+        values = {guardrail.PREFIX + name: value for name, value in report["guards"][str(step)].items()}
+        level = guardrail.of_metrics(step, values)
+        config = load_config("demo").stages["rl"].guardrail  # type: ignore[attr-defined]
+        return guardrail.verdict(level, config)._asdict() if level else {"level": "hard", "reason": "not measured"}
+
     def _signal_win_rate(self, cycle: str) -> float:
         """How often the thumbs-up head prefers the candidate's answers: the proxy that was optimised."""
         from flywheel_tasks.evaluation.versus import match
@@ -196,8 +213,6 @@ class Wheel:
         return float(np.mean(np.where(new == old, 0.5, new > old)))
 
     def _rewarded(self, config: FlywheelConfig, cycle: str, traffic: Path) -> FlywheelConfig:
-        if not self.arm.signals:
-            return config
         model = _thumbs(self._artifact(cycle, "signal-rm"), self.folder)
         # The signal is all there is: nothing holds the policy back, and only its last step is measured, so that it is
         # the output. What the gate then says of it is the question.
@@ -233,6 +248,22 @@ class Wheel:
         if found is None:
             raise LookupError(f"{stage} of {cycle} is not there")
         return found
+
+
+@contextmanager
+def _unguarded() -> Iterator[None]:
+    """RL hands out its last policy, whatever its guardrail says: the product has no such way, but what the gate and
+    people think of an over-optimised policy could not be seen in one that never leaves the stage."""
+    held = guardrail.trusted
+
+    def all_measured(guards: Any, published: Any, config: Any) -> dict[int, float]:
+        return {one.step: max(one.rates.values()) for one in guards if one.step in published}
+
+    guardrail.trusted = all_measured
+    try:
+        yield
+    finally:
+        guardrail.trusted = held
 
 
 def answered(policy: ModelConfig, bench: Bench) -> NDArray[np.float64]:

@@ -129,6 +129,8 @@ def lineage_of(
         rows = [(e["artifact"], e["cycle"], _minute(e["finished"])) for e in found[direction]]
         _table((direction, "cycle", "finished"), rows)
     _table(("source", "sha256"), [(s["uri"], s["sha256"][:16]) for s in found["sources"]])
+    for fault in found["damaged"].values():
+        say(f"not told here: {fault}")
 
 
 def forget(

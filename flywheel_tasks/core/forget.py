@@ -154,7 +154,7 @@ def _rewrite(
 
 def _mark_models(store: Store, holders: list[lineage.Address], user: str, now: datetime.datetime) -> list[str]:
     """A model can't be purged: every checkpoint below a purged artifact is marked for retraining."""
-    graph = lineage.Graph(store)
+    graph = lineage.Graph(store.artifacts())
     below = {at for holder in holders for at in graph.downstream(holder)}
     marked = []
     for at in sorted(below):

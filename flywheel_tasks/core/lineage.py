@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flywheel_tasks.core import schemas
+from flywheel_tasks.core.errors import CorruptArtifact
 from flywheel_tasks.core.manifest import Manifest
 from flywheel_tasks.core.store import Artifact, Store
 
@@ -21,8 +22,8 @@ _IN_A_STORE = re.compile(r"/artifacts/([^/]+)/([0-9a-f]{32})(?:/|$)")
 class Graph:
     """What every committed artifact was made from, read once."""
 
-    def __init__(self, store: Store) -> None:
-        self.manifests: dict[Address, Manifest] = {address(a.manifest): a.manifest for a in store.artifacts()}
+    def __init__(self, artifacts: Iterable[Artifact]) -> None:
+        self.manifests: dict[Address, Manifest] = {address(a.manifest): a.manifest for a in artifacts}
         self._children: dict[Address, set[Address]] = defaultdict(set)
         for child, manifest in self.manifests.items():
             for parent in parents(manifest):
@@ -50,8 +51,10 @@ def parents(manifest: Manifest) -> list[Address]:
 
 
 def describe(store: Store, artifact: Artifact) -> dict[str, Any]:
-    """The lineage of one artifact, for people and machines."""
-    graph, start = Graph(store), address(artifact.manifest)
+    """The lineage of one artifact, for people and machines. Another artifact's damaged manifest is named, and what only
+    it could tell is missing."""
+    damaged: dict[str, str] = {}
+    graph, start = Graph(_readable(store, damaged)), address(artifact.manifest)
     manifest = artifact.manifest
     return {
         "artifact": "/".join(start),
@@ -61,6 +64,7 @@ def describe(store: Store, artifact: Artifact) -> dict[str, Any]:
         "sources": [source.model_dump() for source in manifest.sources],
         "upstream": [_entry(graph.manifests[at]) for at in graph.upstream(start)],
         "downstream": [_entry(graph.manifests[at]) for at in graph.downstream(start)],
+        "damaged": damaged,
     }
 
 
@@ -71,6 +75,17 @@ def held_rows(artifact: Artifact, user: str) -> dict[str, int]:
         for name in _personal(artifact)
     }
     return {name: count for name, count in counts.items() if count}
+
+
+def _readable(store: Store, damaged: dict[str, str]) -> Iterator[Artifact]:
+    for stage, key in store.folders():
+        try:
+            artifact = store.find(stage, key)
+        except CorruptArtifact as error:
+            damaged[f"{stage}/{key}"] = str(error)
+            continue
+        if artifact is not None:
+            yield artifact
 
 
 def _texts(value: Any) -> Iterator[str]:

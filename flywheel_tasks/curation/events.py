@@ -54,8 +54,8 @@ _EPOCH, _MICROSECOND = datetime.datetime(1970, 1, 1), datetime.timedelta(microse
 _FIRST_MOMENT, _LAST_MOMENT = ((m - _EPOCH) // _MICROSECOND for m in (datetime.datetime.min, datetime.datetime.max))
 _LABELS = (
     ("locale", _LOCALE, "not a language tag such as en_US"),
-    ("model_version", _VERSION, "not a plain name"),
-    ("character_id", _NAME, "not a plain name"),
+    ("model_version", _VERSION, "not a plain name, or nine digits on end"),
+    ("character_id", _NAME, "not a plain name, or nine digits on end"),
 )
 """What travels unscrubbed into prompts, reports and exposures: it must have no room for an identifier."""
 _REQUIRED = (("message", "role"), ("message", "content"), ("reaction", "reaction"), ("feedback", "content"))

@@ -115,6 +115,21 @@ def test_a_checkpoint_is_known_by_its_key_however_its_path_is_written(config: Fl
     pool = (ModelConfig(path=path.format(store=store.uri, key=first.manifest.key)),)
     stages = config.stages | {"drill-tunes": Tunes(policy=ModelConfig(path="package:numpy"), pool=pool)}
     made = run_stage(TUNES, CYCLES[1], config.model_copy(update={"stages": stages}), store).artifact.manifest
-    graph = lineage.Graph(store)
+    graph = lineage.Graph(store.artifacts())
     assert graph.upstream(lineage.address(made))[0] == lineage.address(first.manifest)
     assert lineage.address(made) in graph.downstream(lineage.address(first.manifest))
+
+
+def test_another_artifact_that_is_damaged_is_named_beside_what_is_known(config: FlywheelConfig, tmp_path: Path) -> None:
+    store = Store(config.store.uri)
+    first = store.pointed(CYCLES[0], "drill-second")
+    assert first
+    stages = config.stages | {"drill-tunes": Tunes(policy=ModelConfig(path="package:numpy"))}
+    other = run_stage(TUNES, CYCLES[1], config.model_copy(update={"stages": stages}), store).artifact
+    whole = lineage.describe(store, first)
+    (tmp_path / f"store/artifacts/drill-tunes/{other.manifest.key}/manifest.json").write_text("{}")
+    found = lineage.describe(store, first)
+    assert found["upstream"] == whole["upstream"]
+    ((name, fault),) = found["damaged"].items()
+    assert name == f"drill-tunes/{other.manifest.key}"
+    assert "restore it, or delete its folder" in fault

@@ -47,8 +47,8 @@ def test_labels_as_systems_write_them_pass(field: str, values: list[str | None])
     ("field", "reason"),
     [
         ("locale", "locale: not a language tag such as en_US"),
-        ("model_version", "model_version: not a plain name"),
-        ("character_id", "character_id: not a plain name"),
+        ("model_version", "model_version: not a plain name, or nine digits on end"),
+        ("character_id", "character_id: not a plain name, or nine digits on end"),
     ],
 )
 @pytest.mark.parametrize(
