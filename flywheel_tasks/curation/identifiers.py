@@ -277,6 +277,16 @@ _STREET_LAST = re.compile(
     r"\s*+,(?:\s*+n[o.°]{0,2})?"
     r"|(?:[A-ZÀ-Þ][\w'\u2019-]{1,30}\s++){1,3}(?:utca|út|u\.|tér))\s*+(?:,\s*+)?\d{1,5}[a-z]?\b\.?"
 )
+_FRENCH = re.compile(
+    r"(?<![\w.])\d{1,5}(?:\s?(?:bis|ter|[a-z]))?,?\s++"
+    r"(?i:(?:rue|ruelle|all[ée]e|impasse|chemin|quai)\s++(?:(?:de|du|des|la|le|les)\s++)*+(?:[dl]['\u2019])?"
+    r"|(?:avenue|av\.|boulevard|bd\.?|place|cours|route)\s++(?:(?:de|du|des|la|le|les)\s++|[dl]['\u2019])++)"
+    r"[^\W\d_][\w'\u2019-]{0,30}(?:\s++[A-ZÀ-Þ][\w'\u2019-]{0,30}){0,3}"
+)
+_GERMAN = re.compile(
+    r"(?<!\w)(?:[A-ZÀ-Þ][\w'\u2019.-]{0,30}\s++){1,3}(?:[Ss]tr\.|[Ss]tra(?:ß|ss)e|Weg|Platz|Allee|Gasse|Ufer|Damm)"
+    r"\s*+\d{1,4}\s?[a-z]?\b"
+)
 _UNIT_ALONE = re.compile(rf"(?<!\w){STREET_UNIT}\.?\s*+(?:#\s?)?\d{{1,6}}[a-z]?\b", re.I)
 _NOT_STREET = re.compile(
     r"the|an?|of|in|on|to|and|or|at|for|from|with|is|was|per|more|other|min(?:utes?)?|hours?|days?|weeks?|months?|years?|miles?|km"
@@ -293,7 +303,7 @@ def addresses(text: str) -> Iterator[Span]:
         ordinary = any(_NOT_STREET.fullmatch(w.lower().strip(".,")) for w in words)
         if proper or not (ordinary or _PROPER_ONLY.fullmatch(match["suffix"])):
             yield Span(match.start(), match.end(), "ADDRESS")
-    for pattern in (_STREET_LAST, _UNIT_ALONE):
+    for pattern in (_STREET_LAST, _FRENCH, _GERMAN, _UNIT_ALONE):
         for match in pattern.finditer(text):
             yield Span(match.start(), match.end(), "ADDRESS")
 
