@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flywheel_tasks.annotation.contract import Task
+from flywheel_tasks.core import problems
 from flywheel_tasks.core.errors import CorruptArtifact, InputError
 from flywheel_tasks.core.storage import Storage
 
@@ -70,9 +71,8 @@ def tasks(data: bytes) -> list[Task]:
         try:
             found.append(Task.model_validate_json(line))
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            raise InputError(f"tasks.jsonl:{number}: {where}: {problem['msg']}: export again") from error
+            where, what = problems.first(error, Task)
+            raise InputError(f"tasks.jsonl:{number}: {where or 'the line'}: {what}: export again") from error
     return found
 
 

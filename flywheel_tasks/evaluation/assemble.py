@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flywheel_tasks.core import problems
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.evaluation.evidence import REWARD_MODELS, Evidence, Metrics, parse
 
@@ -30,9 +31,8 @@ def assemble(sections: Mapping[str, Any], given: Mapping[str, bytes], **names: A
     try:
         return Evidence.model_validate(body | {"unmeasured": unmeasured})
     except ValidationError as error:
-        problem = error.errors()[0]
-        at = ".".join(str(part) for part in problem["loc"])
-        raise InputError(f"the stages' reports give no evidence: {at}: {problem['msg']}") from None
+        at, what = problems.first(error, Evidence)
+        raise InputError(f"the stages' reports give no evidence: {at}: {what}{problems.given(error)}") from None
 
 
 def _win_rates(report: Json, body: dict[str, Any], unmeasured: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from flywheel_tasks.core import problems
 from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.core.schemas import EXAMPLE_SOURCES
 
@@ -92,11 +93,10 @@ def parse(text: str, where: str) -> Rules:
     """Rules from YAML, or which entry of the file is wrong."""
     try:
         return Rules.model_validate(yaml.safe_load(text))
-    except (ValidationError, yaml.YAMLError) as error:
-        if isinstance(error, ValidationError):
-            problem = error.errors()[0]
-            place = ".".join(map(str, problem["loc"])) or "top level"
-            raise ConfigError(f"{where}: {place}: {problem['msg'].removeprefix('Value error, ')}") from error
+    except ValidationError as error:
+        place, what = problems.first(error, Rules)
+        raise ConfigError(f"{where}: {place or 'top level'}: {what}") from error
+    except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {str(error).splitlines()[0]}") from error
 
 
