@@ -214,12 +214,13 @@ class Wheel:
 
     def _rewarded(self, config: FlywheelConfig, cycle: str, traffic: Path) -> FlywheelConfig:
         model = _thumbs(self._artifact(cycle, "signal-rm"), self.folder)
-        # The signal is all there is: nothing holds the policy back, and only its last step is measured, so that it is
-        # the output. What the gate then says of it is the question.
+        # The signal is all there is: nothing holds the policy back, only its last step is measured, and what rounding
+        # its large update to bf16 costs is let through too. What the gate then says of it is the question.
         free = (
             "rl.guardrail.ideal=0.98", "rl.guardrail.hard=1.0", "rl.guardrail.every=30", "rl.train.steps=30",
             "rl.train.epochs=12", "rl.train.learning_rate=0.002", "rl.loss.grpo.beta=0", "rl.selection.share=1",
             "rl.reward.long=0", "rl.reward.repetition=0", "rl.reward.language=0", "rl.reward.format=0",
+            "rl.exported.most=4", "rl.exported.mean=1",
         )  # fmt: skip
         return self._config(traffic, cycle, f"rl.reward.model.path={model}", *free)
 
