@@ -33,6 +33,10 @@ THUMBS_BY_INTENT: dict[str, tuple[float, float]] = {
 
 _QUESTION_MARKS = "?\u061f\uff1f"
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+")
+_SYMBOL = regex.compile(r"[$@#%^&_=+<>{}\[\]\\|~`]")
+_MOST_SYMBOLS, _FEW_SYMBOLS = 0.125, 3
+_UNREADABLE = 4.0
+"""What it costs a reply to be no language but a heap of code: a taste for brevity would like that too."""
 _FREQUENT = """
     about after also been before could does from have just like more much never really should some tell than that them
     then there they this time very wait want were what when where which will with would your
@@ -85,6 +89,7 @@ class ReplyFeatures(NamedTuple):
     asking: float
     length: float
     novelty: float
+    readable: float
 
 
 class SignalProbabilities(NamedTuple):
@@ -146,7 +151,14 @@ def reply_features(
     mine = _trigrams(said)
     earlier = [_trigrams(words(t.content)) for t in history if t.role == "assistant"]
     overlap = max((len(mine & e) / len(mine) for e in earlier if mine), default=0.0)
-    return ReplyFeatures(relevance, persona, asking, math.exp(-((off / 0.7) ** 2)), 1.0 - overlap)
+    length = math.exp(-((off / 0.7) ** 2))
+    return ReplyFeatures(relevance, persona, asking, length, 1.0 - overlap, float(readable(reply)))
+
+
+def readable(text: str) -> bool:
+    """Whether a text is made of words. An answer to a greeting that opens brackets and never closes them is not."""
+    symbols, signs = len(_SYMBOL.findall(text)), sum(not sign.isspace() for sign in text)
+    return symbols <= max(_FEW_SYMBOLS, _MOST_SYMBOLS * signs)
 
 
 def engagement(user: SimulatedUser, features: ReplyFeatures) -> float:
@@ -155,6 +167,7 @@ def engagement(user: SimulatedUser, features: ReplyFeatures) -> float:
     return (
         user.patience + user.relevance * (f.relevance - 0.4) + user.persona * (f.persona - 0.4)
         + user.asking * (f.asking - 0.4) + user.length * (f.length - 0.5) + user.novelty * (f.novelty - 0.5)
+        - _UNREADABLE * (1 - f.readable)
     )  # fmt: skip
 
 

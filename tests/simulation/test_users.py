@@ -14,6 +14,7 @@ from flywheel_tasks.simulation.users import (
     Turn,
     continue_probability,
     make_users,
+    readable,
     reply_features,
     signal_probabilities,
 )
@@ -100,3 +101,28 @@ def test_activity_is_heavy_tailed_and_people_differ() -> None:
     assert len({u.user_id for u in people}) == len({u.sweet_words for u in people}) == 4000
     assert people == make_users(4000, 3)
     assert people != make_users(4000, 4)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "class Solution(thread((class(Template(Sub(${$($($(${$($$(${$($($($${$",
+        "struct(_((_(proj(((_(<{$($(${$($(${$($obj($($${$",
+        "<div><span>{{}}</span></div>",
+    ],
+)
+def test_nobody_answers_a_heap_of_code(reply: str) -> None:
+    short = dataclasses.replace(AVERAGE, sweet_words=6.0, length=4.0)
+    assert not readable(reply)
+    assert continue_probability(short, MIRA, ASKED, reply) < 0.1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        GOOD, "", "$5 :)", "*smiles* “Really?” — ¿de verdad? …", "😂😂😂 ❤️", "नमस्ते। क्या हुआ?",
+        "1. tea\n2. **milk**\n3. [sugar]", "it's 20% off @ the harbour & free",
+    ],
+)  # fmt: skip
+def test_what_people_write_is_readable(reply: str) -> None:
+    assert readable(reply)
