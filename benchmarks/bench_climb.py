@@ -85,7 +85,7 @@ def notes(found: list[dict[str, Any]]) -> list[str]:
         *(line(one) for one in found),
         f"A/B weeks of {UNITS:,} units an arm with the true effect",
         "set after looks at seeds 23 to 25, which are not among these: the gate's style line, what the arm 'signals' "
-        "is free of, conversations that end, people in an A/B week",
+        "is free of, conversations that end, people in an A/B week; after a look at seed 26: what nobody can read",
         f"over the demo's profile: {', '.join(SIZES)}",
         "seconds are those of the last start: what an earlier one had made was not made again",
     ]
