@@ -31,6 +31,7 @@ from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.demo_week import GATE
 from flywheel_tasks.herding import guardrail
 from flywheel_tasks.models.engine import open_engine
+from flywheel_tasks.models.engine_config import Sampling
 from flywheel_tasks.pipeline import by_name, load_config
 from flywheel_tasks.simulation import world
 from flywheel_tasks.simulation.characters import demo_characters
@@ -58,6 +59,9 @@ the readout can't rule out that 2 % of people left, one week in four, and holds 
 MOST_TURNS = 12
 """Of a user in a conversation, in the traffic and in the A/B week. Without an end, ten questions of three hundred would
 hold a third of all depth, and the week would be about those ten."""
+
+REPLY = Sampling(temperature=0.7, top_p=0.95, max_tokens=48)
+"""How these people are answered."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +278,7 @@ def answered(policy: ModelConfig, bench: Bench) -> NDArray[np.float64]:
     if not file.exists():
         asked = _questions(bench)
         with open_engine(policy, world.ENGINE) as engine:
-            reply = engine_policy(engine, world.REPLY.seeded(bench.seed))
+            reply = engine_policy(engine, REPLY.seeded(bench.seed))
             texts = reply([context for _, context in asked])
         chances = [
             continue_probability(user, context.character, context.turns, text)
@@ -353,7 +357,7 @@ def _traffic(policy: ModelConfig, cycle: str, bench: Bench) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         seed = bench.seed + ids.cycle_start(cycle).toordinal() // 7
         mix = Mix(internal=0.35, most_turns=MOST_TURNS)
-        world.chat_with({_name(policy): policy}, part, people, days=7, seed=seed, start=start, mix=mix)
+        world.chat_with({_name(policy): policy}, part, people, days=7, seed=seed, start=start, mix=mix, reply=REPLY)
         part.rename(folder)
     return folder
 
