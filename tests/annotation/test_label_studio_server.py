@@ -5,6 +5,7 @@ FLYWHEEL_LABEL_STUDIO names its command (for example .venv-labelstudio/bin/label
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import secrets
 import shutil
@@ -22,13 +23,16 @@ import pytest
 from flywheel_tasks.annotation import label_studio_server, publish
 from flywheel_tasks.annotation.contract import Task
 from flywheel_tasks.annotation.label_studio_server import Server
+from flywheel_tasks.core import ids
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.simulation import annotators
 from tests.annotation import worlds
 from tests.annotation.test_label_studio import HOSTILE, hostile_pairs, results
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-CYCLE = "2026-W47"
+TODAY = dt.datetime.now(dt.UTC).date()
+"""The server dates its answers itself, and a delivery takes none of another year or week."""
+CYCLE = ids.cycle_of(TODAY)
 LOGIN = "annotator@example.com"
 PASSWORD = secrets.token_hex(16)
 TOKEN = secrets.token_hex(20)
@@ -132,7 +136,7 @@ def test_there_and_back(server: Server, world: worlds.World) -> None:
     server.call("PATCH", f"/api/tasks/{row['id']}/", {"data": row["data"] | {"left": "I never said that."}})
     world.inbox.mkdir()
     for mode, project in projects.items():
-        (world.inbox / f"261118-{mode}.json").write_bytes(server.export(project))
+        (world.inbox / f"{TODAY:%y%m%d}-{mode}.json").write_bytes(server.export(project))
     imported = world.collect(CYCLE)
     assert dict(imported.manifest.rows.reasons) == {"altered_text": 3}
     annotations = imported.table("annotations").read().to_pylist()
@@ -187,7 +191,7 @@ def test_a_person_answers_on_the_rendered_page(server: Server, world: worlds.Wor
         browser.close()
     world.inbox.mkdir()
     for mode, project in projects.items():
-        (world.inbox / f"261118-{mode}.json").write_bytes(server.export(project))
+        (world.inbox / f"{TODAY:%y%m%d}-{mode}.json").write_bytes(server.export(project))
     imported = world.collect(CYCLE)
     assert dict(imported.manifest.rows.reasons) == {}
     annotations = imported.table("annotations").read().to_pylist()
