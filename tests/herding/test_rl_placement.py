@@ -29,6 +29,8 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Noted:
 
 def learners(monkeypatch: pytest.MonkeyPatch, job: Job, folder: Path) -> float:
     """The cores that the learners of a job ask for."""
+    # Ray reads once, when it is imported, whether its callers carry a token: later tests start one that asks for it.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     import ray.train.torch
 
     asked: list[float] = []
