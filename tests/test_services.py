@@ -348,7 +348,7 @@ def test_a_person_can_trigger_a_run_from_the_form_and_read_its_log(up: Up, tmp_p
         page.goto(f"{up.endpoints.airflow}/dags/character_flywheel", wait_until="domcontentloaded")
         page.get_by_role("button", name="Trigger").first.click()
         page.locator("input[name=element_cycle]").fill("2026-W20")
-        page.locator("textarea[name=element_overrides]").fill(f'ingest.logs=["{up.state}/demo/2026-W20/*"]')
+        page.locator("textarea[name=element_overrides]").fill("\n".join(demo.overrides(up.state / "demo" / "2026-W20")))
         page.get_by_role("dialog").get_by_role("button", name="Trigger").click()
         page.wait_for_url("**/runs/*")
         run_id = urllib.parse.unquote(page.url.rpartition("/runs/")[2].split("/")[0].split("?")[0])
