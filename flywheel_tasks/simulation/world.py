@@ -26,7 +26,7 @@ from flywheel_tasks.simulation.traffic import TrafficTruth, write_event_log
 from flywheel_tasks.simulation.users import SimulatedUser, make_users
 
 REPLY = Sampling(temperature=0.7, max_tokens=48)
-"""No top_p: on a CPU, sorting the vocabulary for every token takes as long as the model itself."""
+"""No top_p: on a CPU, sorting the vocabulary for every token takes nearly as long as the model itself."""
 CARDS = "characters.jsonl"
 LOGS = "logs"
 TRUTH = "truth.json"
