@@ -84,6 +84,11 @@ class Airflow:
         self._json(self._http.patch(f"/dags/{dag}", json={"is_paused": paused}))
         return bool(before)
 
+    def succeeded(self, dag: str, conf: dict[str, Any]) -> bool:
+        """Whether a run of the DAG that was given just this has succeeded."""
+        runs = self.get(f"/dags/{dag}/dagRuns?state=success&order_by=-id&limit=100")["dag_runs"]
+        return any({key: run["conf"].get(key) for key in conf} == conf for run in runs)
+
     def run(self, dag: str, conf: dict[str, Any], hold: Callable[[], tuple[str, str]] | None = None) -> Run:
         """Trigger the DAG and print each change of a task until the run ends; of a failure, the end of its log. Where a
         task waits for a person, `hold` says what to answer and why."""

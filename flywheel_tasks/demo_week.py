@@ -24,9 +24,10 @@ from typing import Any
 from flywheel_tasks.core import ids
 from flywheel_tasks.core.config import ModelConfig
 from flywheel_tasks.core.errors import FlywheelError
+from flywheel_tasks.core.runner import find_stage
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.demo_airflow import Airflow, Say
-from flywheel_tasks.pipeline import load_config
+from flywheel_tasks.pipeline import load_config, weekly
 from flywheel_tasks.release import ledger
 from flywheel_tasks.release.assign import assign
 from flywheel_tasks.release.champion import ARM, EXPERIMENT
@@ -99,6 +100,20 @@ def reviews(world_folder: Path, cycle: str, people: int, noise: float, say: Say)
     team = world.team(people, SEED, noise)
     given = world.answer(world_folder / EXPORTS, world_folder / DELIVERIES, team, seed=SEED, day=day)
     say(f"\n{people} simulated annotators sent {given:,} reviews.")
+
+
+def found(cycle: str, overrides: list[str]) -> list[Artifact] | None:
+    """What a weekly run with these settings would find, where it would find all of it."""
+    home, config = store(), load_config(PROFILE, overrides=overrides)
+    there: dict[str, Artifact] = {}
+    for stage in weekly():
+        upstream = [wanted.stage for wanted in stage.inputs.values() if not wanted.previous]
+        given = {name: there[name].uri for name in upstream if name in there}
+        artifact = find_stage(stage, cycle, for_stage(config, stage.name, home, cycle), home, given)
+        if artifact is None:
+            return None
+        there[stage.name] = artifact
+    return list(there.values())
 
 
 def ab_week(airflow: Airflow, cycle: str, say: Say) -> Artifact | None:
@@ -192,8 +207,7 @@ def _ingest(cycle: str, settings: list[str], say: Say) -> None:
     """What the next weekly run would do with this log; the readout is not kept waiting for it."""
     argv = [sys.executable, "-m", "flywheel_tasks.cli", "run", "ingest", "--cycle", cycle, "--profile", PROFILE]
     argv += [f"--set={setting}" for setting in settings]
-    env = os.environ | {ids.USER_KEY_VARIABLE: user_key()}
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=3600)
     say("".join(f"  {line}\n" for line in done.stderr.splitlines()).rstrip())
     if done.returncode:
         raise FlywheelError(f"the log of the A/B week was not ingested (exit {done.returncode}): see the lines above")

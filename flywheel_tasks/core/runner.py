@@ -42,12 +42,45 @@ class Result:
     outcome: str  # made | cached | lost
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a run would work on, and the key of what it would make."""
+
+    key: str
+    inputs: dict[str, tuple[Artifact, str] | None]
+    records: dict[str, InputRecord]
+    sources: dict[str, tuple[SourceRecord, ...]]
+
+
 def run_stage(
     stage: Stage, cycle: str, config: FlywheelConfig, store: Store, given: Mapping[str, str] | None = None
 ) -> Result:
     """One stage of one cycle. `given` maps upstream stage names to manifest URIs; the rest come from the cycle."""
     cycle = ids.cycle_id(cycle)
-    inputs, records = _resolve_inputs(stage, cycle, store, given or {})
+    work = _work(stage, cycle, config, store, given or {})
+    artifact = store.find(stage.name, work.key)
+    if artifact is not None:
+        store.point(cycle, artifact.manifest)
+        Partial(store.storage, stage.name, work.key).clear()  # a kill between commit and clearing leaves it
+        return Result(artifact, "cached")
+    attempt = ids.new_attempt()
+    about = {"stage": stage.name, "key": work.key, "attempt": attempt, "knows": sorted(store.forgotten())}
+    # The sign is a conditional put as the commit is: a store that refuses one refuses it before the work.
+    with lease.held(store.storage, f"{ATTEMPTS}/{attempt}.json", **about):
+        # Read again: who was forgotten before the sign stood is known now, and who is forgotten later meets the sign.
+        known = Inputs(work.inputs, work.sources, store.forgotten())
+        return _attempt(stage, cycle, config, store, known, work.records, work.key, attempt)
+
+
+def find_stage(
+    stage: Stage, cycle: str, config: FlywheelConfig, store: Store, given: Mapping[str, str] | None = None
+) -> Artifact | None:
+    """What `run_stage` would find, or None where it would make it; nothing is run, nothing pointed at."""
+    return store.find(stage.name, _work(stage, ids.cycle_id(cycle), config, store, given or {}).key)
+
+
+def _work(stage: Stage, cycle: str, config: FlywheelConfig, store: Store, given: Mapping[str, str]) -> _Work:
+    inputs, records = _resolve_inputs(stage, cycle, store, given)
     stage_config = config.stages[stage.name]
     found = {name: _expand_all(stage, name, getattr(stage_config, name)) for name in stage.sources}
     sources = {name: _digest_sources(files, store) for name, files in found.items()}
@@ -60,18 +93,7 @@ def run_stage(
         sources,
         _context(stage, cycle, config) | _state(stage, store) | _models(stage, stage_config, store),
     )
-    artifact = store.find(stage.name, key)
-    if artifact is not None:
-        store.point(cycle, artifact.manifest)
-        Partial(store.storage, stage.name, key).clear()  # a kill between commit and clearing leaves it
-        return Result(artifact, "cached")
-    attempt = ids.new_attempt()
-    about = {"stage": stage.name, "key": key, "attempt": attempt, "knows": sorted(store.forgotten())}
-    # The sign is a conditional put as the commit is: a store that refuses one refuses it before the work.
-    with lease.held(store.storage, f"{ATTEMPTS}/{attempt}.json", **about):
-        # Read again: who was forgotten before the sign stood is known now, and who is forgotten later meets the sign.
-        known = Inputs(inputs, sources, store.forgotten())
-        return _attempt(stage, cycle, config, store, known, records, key, attempt)
+    return _Work(key, inputs, records, sources)
 
 
 def _attempt(

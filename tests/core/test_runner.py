@@ -14,7 +14,7 @@ from flywheel_tasks.core import runner, schemas, storage
 from flywheel_tasks.core.config import FlywheelConfig, Operational
 from flywheel_tasks.core.errors import CorruptArtifact, FlywheelError, InputError
 from flywheel_tasks.core.output import Output
-from flywheel_tasks.core.runner import Result, run_stage
+from flywheel_tasks.core.runner import Result, find_stage, run_stage
 from flywheel_tasks.core.stage import Input, Inputs
 from flywheel_tasks.core.store import Store
 from tests.drills.stages import CYCLE, FIRST, SECOND, DrillConfig, config_for
@@ -41,6 +41,18 @@ def test_the_same_work_is_never_done_twice(config: FlywheelConfig) -> None:
     made, again, next_week = run(FIRST, config), run(FIRST, config), run(FIRST, config, "2026-W48")
     assert [made.outcome, again.outcome, next_week.outcome] == ["made", "cached", "cached"]
     assert made.artifact.uri == again.artifact.uri == next_week.artifact.uri
+
+
+def test_what_a_run_would_find_is_told_without_running(config: FlywheelConfig, store: Store) -> None:
+    assert find_stage(FIRST, CYCLE, config, store) is None
+    assert (store.cycles(), store.storage.list("artifacts")) == ([], [])
+    made = run(FIRST, config).artifact
+    later = "2026-W48"
+    found = find_stage(FIRST, later, config, store)
+    assert found is not None
+    assert (found.uri, store.pointed(later, FIRST.name)) == (made.uri, None)
+    assert find_stage(SECOND, later, config, store, {FIRST.name: made.uri}) is None
+    assert find_stage(FIRST, later, config.model_copy(update={"seed": 99}), store) is None
 
 
 def test_what_decides_the_content_decides_the_key(config: FlywheelConfig) -> None:
