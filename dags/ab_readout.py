@@ -1,8 +1,10 @@
-"""The daily reading of the running A/B test, for the week that yesterday belongs to.
+"""The daily reading of the A/B test that is under way: of the release whose window is not closed yet, with the newest
+ingest.
 
-Each run tells the readout that yesterday is the last complete day, so an experiment closes on the first run after its
-window whose activity covers it: that of the cycle's ingest, or files that a platform delivers every day
-(`readout.activity`). Until then it is `running`.
+A candidate is nominated in mid-week, so its window ends in the next week, and the log of its last days comes with a
+later ingest. Each run says which day is complete: yesterday where a platform delivers activity every day
+(`readout.activity`), else the day before the ingest began. Until the window is complete the readout is `running`; the
+first run after that closes it. Where no release is open, the run is about the week that yesterday belongs to.
 """
 
 from __future__ import annotations

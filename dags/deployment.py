@@ -55,7 +55,7 @@ class Kubernetes(_Section):
     gpu_pod: dict[str, Any] | None = Field(None, description="the same for stages with GPUs (default: pod)")
     gpu_resource: str = "nvidia.com/gpu"
     user_key: SecretKey = SecretKey(name="flywheel-user-key", key="key")
-    startup_minutes: float = Field(30, gt=0, description="how long a pod may wait for a node and its image")
+    startup_minutes: float = Field(30, gt=0, description="how long a pod may take to start on its node, image included")
 
 
 class Ray(_Section):

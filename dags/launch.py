@@ -20,14 +20,19 @@ import deployment
 from airflow.sdk import DAG, BaseOperator, Param, TaskGroup
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
-from flywheel_tasks.core.config import PROFILES
-from flywheel_tasks.core.errors import ConfigError
+from flywheel_tasks.core.config import PROFILES, FlywheelConfig
+from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.core.ids import cycle_of
 from flywheel_tasks.core.stage import PHASES, Stage
+from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.pipeline import load_config
+from flywheel_tasks.release.due import due
 
 CYCLE = r"^(\d{4}-W(0[1-9]|[1-4]\d|5[0-3]))?$"
 OVERRIDE = r"^[A-Za-z][\w-]*(\.[\w-]+)*="
-LAUNCHERS = ("local", "docker", "kubernetes", "ray")
+LAUNCHERS = ("local", "docker", "kubernetes")
+"""Ray's is the Kubernetes one's, for stages that span nodes."""
+INGEST = "ingest"
 HELD_BY = "promote"
 """The stage after which a person may have to decide."""
 REVIEWED_BY, SENT_BY = "annotate-import", "annotate-export"
@@ -52,7 +57,8 @@ class StageOperator(BaseOperator):
         self.uses_user_key = stage.uses_user_key
         self.upstream_stages = list(upstream)
         self.settled_days = settled_days
-        self.as_of = as_of if as_of.partition(".")[0] == stage.name else ""
+        self.as_of = as_of
+        self.reads_ingest = any(wanted.stage == INGEST for wanted in stage.inputs.values())
 
     def execute(self, context: Mapping[str, Any]) -> str:
         params, ti = context["params"], context["ti"]
@@ -61,8 +67,10 @@ class StageOperator(BaseOperator):
                 f"{self.stage_name} is skipped: later stages use what this cycle has in the store"
             )
         found = {stage: ti.xcom_pull(task_ids=stage) for stage in self.upstream_stages}
-        cycle = params["cycle"] or self.derived_cycle(context)
-        settings = [*self.derived_settings(context), *(params.get("overrides") or ())]
+        cycle, ingest = (params["cycle"], None) if params["cycle"] else self.due(context)
+        if ingest and self.reads_ingest:
+            found[INGEST] = ingest.uri
+        settings = [*self.derived_settings(context, ingest), *(params.get("overrides") or ())]
         arguments = stage_arguments(self.stage_name, cycle, {**params, "overrides": settings}, found)
         uri = self.launch(arguments, context)
         if not MANIFEST_URI.fullmatch(uri):
@@ -72,17 +80,27 @@ class StageOperator(BaseOperator):
         self.log.info("artifact: %s", uri)
         return uri
 
-    def derived_cycle(self, context: Mapping[str, Any]) -> str:
-        """The ISO week of the last day that is complete enough for this DAG when the run is due."""
-        return cycle_of(self.last_settled(context))
+    def due(self, context: Mapping[str, Any]) -> tuple[str, Artifact | None]:
+        """The ISO week of the run; for the readout that of the release to be read, and the newest ingest."""
+        settled = day_of(context) - timedelta(days=self.settled_days)
+        if not self.as_of:
+            return cycle_of(settled), None
+        try:
+            config = config_of(context)
+            window = config.stages[self.as_of.partition(".")[0]]
+            return due(Store(config.store.uri), settled, window.days + window.settle_days)  # type: ignore[attr-defined]
+        except InputError as error:
+            raise AirflowFailException(f"{self.stage_name}: {error}") from error
 
-    def derived_settings(self, context: Mapping[str, Any]) -> list[str]:
+    def derived_settings(self, context: Mapping[str, Any], ingest: Artifact | None = None) -> list[str]:
         """The deployment's store, the day before which data is complete; what a person typed comes after and wins."""
-        day = [f"{self.as_of}={self.last_settled(context) + timedelta(days=1)}"] if self.as_of else []
-        return [*deployment.overrides(), *day]
-
-    def last_settled(self, context: Mapping[str, Any]) -> date:
-        return day_of(context) - timedelta(days=self.settled_days)
+        stage, _, _ = self.as_of.partition(".")
+        if stage != self.stage_name:
+            return deployment.overrides()
+        complete = day_of(context) - timedelta(days=self.settled_days - 1)
+        if ingest and not config_of(context).stages[stage].activity:  # type: ignore[attr-defined]
+            complete = min(complete, ingest.manifest.started.date())
+        return [*deployment.overrides(), f"{self.as_of}={complete}"]
 
     @classmethod
     def for_stage(cls, stage: Stage) -> type[StageOperator]:
@@ -97,6 +115,12 @@ class StageOperator(BaseOperator):
     @abstractmethod
     def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
         """Run `flywheel` with these arguments, log its stderr, return the last line of its stdout."""
+
+
+def config_of(context: Mapping[str, Any]) -> FlywheelConfig:
+    """The configuration of a run, as its stages see it."""
+    params = context["params"]
+    return load_config(params["profile"], None, [*deployment.overrides(), *(params.get("overrides") or ())])
 
 
 def slots(stage: Stage) -> int:
@@ -127,7 +151,8 @@ def stage_arguments(stage: str, cycle: str, params: Mapping[str, Any], upstream:
 def build(dag: DAG, stages: Sequence[Stage], *, settled_days: int = 0, as_of: str = "") -> None:
     """Fill a DAG with one task per stage: groups are the phases, edges are the declared inputs.
 
-    `as_of` is the setting that takes the day after the last one that is settled when a run is due.
+    `as_of` is the setting that takes the day before which data is complete when a run is due; a DAG that has one reads
+    the release that is due.
     """
     mode = launcher_of(os.environ.get("FLYWHEEL_LAUNCHER", "local"))
     edges = {stage.name: upstream_in(stage, stages) for stage in stages}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deployment
+from airflow.sdk.exceptions import AirflowFailException
 from deployment import Deployment
 from docker.api import APIClient
 from docker.errors import APIError, DockerException, NotFound
@@ -40,6 +41,11 @@ class Launcher(RemoteOperator):
 
     def run_to_end(self, arguments: Sequence[str], context: Mapping[str, Any]) -> Ended:
         settings = deployment.load()
+        if (nodes := self.resources_of_stage.nodes) > 1:
+            raise AirflowFailException(
+                f"{self.stage_name} asks for {nodes} nodes, and a Docker engine is one machine: set "
+                f"resources.{self.stage_name}.nodes to 1 in the file that ${deployment.VARIABLE} names"
+            )
         try:
             client = self._client = APIClient(base_url=settings.docker.url, version="auto")
             self.clear(client, task_of(context))

@@ -63,6 +63,7 @@ class Launcher(RemoteOperator, KubernetesPodOperator):
             return ended(self.remote_pod, error)
         finally:
             self.do_xcom_push = True  # to the pod it means a sidecar, to Airflow that the URI is passed on
+            self.take_back()
         return Ended(0)
 
     def get_or_create_pod(self, pod_request_obj: V1Pod, context: Any) -> V1Pod:
@@ -74,6 +75,16 @@ class Launcher(RemoteOperator, KubernetesPodOperator):
             self.pod_manager.delete_pod(self.pod)
             raise AirflowException("cancelled while its pod was made")
         return self.pod
+
+    def take_back(self) -> None:
+        """Delete the pod by the name that was asked for: where the cluster's answer was lost, nobody else knows it."""
+        if self.pod_request_obj is None:
+            return
+        try:
+            self.pod_manager.delete_pod(self.pod_request_obj)
+        except (ApiException, HTTPError) as error:
+            name = self.pod_request_obj.metadata.name
+            self.log.warning("pod %s could not be deleted, see whether it is gone: %s", name, error)
 
     def clear(self, context: Mapping[str, Any]) -> None:
         """Delete the pods that earlier tries of this task left when their worker died: no GPU works for nobody."""
@@ -117,7 +128,8 @@ def pod_settings(stage: Stage, settings: Deployment) -> dict[str, Any]:
             run_as_non_root=True,
         ),
         "active_deadline_seconds": int(settings.deadline_hours * 3600) + DEADLINE_SLACK_SECONDS,
-        "schedule_timeout_seconds": int(cluster.startup_minutes * 60),
+        # A pod that waits for another stage's GPUs has not failed.
+        "schedule_timeout_seconds": int(settings.deadline_hours * 3600),
         "startup_timeout_seconds": int(cluster.startup_minutes * 60),
         "termination_grace_period": 30,
         # No sidecar: the manifest's URI comes back through the store.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import StageOperator, failure, printable, slots
+from launch import MANIFEST_URI, StageOperator, failure, printable, slots
 
 from flywheel_tasks import processes
 from flywheel_tasks.core.ids import USER_KEY_VARIABLE
@@ -49,9 +49,13 @@ class Launcher(StageOperator):
                 raise
             stdout.seek(0)
             printed = stdout.read().decode(errors="replace").splitlines()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        uri = next((line for line in reversed(printed) if MANIFEST_URI.fullmatch(line)), None)
+        if code and uri is None:
+            raise failure(self.stage_name, code, how)
         if code:
-            raise failure(self.stage_name, code, f"killed by {signal.Signals(-code).name}" if code < 0 else "")
-        return printed[-1] if printed else ""
+            self.log.warning("%s after its artifact was committed: the work is done", how)
+        return uri or (printed[-1] if printed else "")
 
     def environment(self) -> dict[str, str]:
         """The worker's environment without Airflow's own secrets, and the user key only where it is used."""

@@ -24,6 +24,8 @@ from flywheel_tasks.core.stage import Stage
 
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"  # noqa: S105
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+DEADLINE_SLACK_SECONDS = 600
+"""Airflow stops a stage at its deadline; the job ends itself a little later."""
 PATIENCE_SECONDS = 300
 """How long the cluster's head may be away before the job is given up: a head restarts in less."""
 LOG_BYTES_PER_SECOND = 100_000
@@ -45,23 +47,21 @@ class Launcher(RemoteOperator):
             stop_left(api, task_of(context), self.log)
             self._job = f"flywheel-{self.stage_name}-{uuid.uuid4().hex[:12]}"
             job = {
-                "entrypoint": shlex.join(["flywheel", *arguments]),
+                "entrypoint": shlex.join([*deadline(settings.deadline_hours), "flywheel", *arguments]),
                 "submission_id": self._job,
                 "metadata": {"task": task_of(context), "stage": self.stage_name},
                 "runtime_env": {"env_vars": settings.environment},
             }
             if self.cancelled:
                 return Ended(None, "was cancelled before its job was sent")
-            answer = api.post("/api/jobs/", json=job)
-            if answer.status_code in (401, 403):
-                raise AirflowFailException(f"{settings.ray.address} refused {TOKEN_VARIABLE}: {answer.text[:200]}")
-            answer.raise_for_status()
-            self.log.info("job %s on %s, %d nodes", self._job, settings.ray.address, self.resources_of_stage.nodes)
             try:
-                if self.cancelled:
-                    self.on_kill()
+                answer = api.post("/api/jobs/", json=job)
+                if answer.status_code in (401, 403):
+                    raise AirflowFailException(f"{settings.ray.address} refused {TOKEN_VARIABLE}: {answer.text[:200]}")
+                answer.raise_for_status()
+                self.log.info("job %s on %s, %d nodes", self._job, settings.ray.address, self.resources_of_stage.nodes)
                 return self.follow(api, settings.ray.poll_seconds)
-            except BaseException:
+            except BaseException:  # the job may run although the answer was lost
                 self.on_kill()
                 raise
 
@@ -81,6 +81,8 @@ class Launcher(RemoteOperator):
                 seen, read_again = self.tell(api, seen, over), last_heard + max(pause, seen / LOG_BYTES_PER_SECOND)
             if over:
                 return ended(job)
+            if self.cancelled:
+                self.stop(api)
             time.sleep(pause)
 
     def tell(self, api: httpx.Client, seen: int, over: bool) -> int:
@@ -101,9 +103,12 @@ class Launcher(RemoteOperator):
         super().on_kill()
         if not self._job:
             return
+        with client(deployment.load().ray.address, timeout=3) as api:
+            self.stop(api)
+
+    def stop(self, api: httpx.Client) -> None:
         try:
-            with client(deployment.load().ray.address, timeout=3) as api:
-                api.post(f"/api/jobs/{self._job}/stop")
+            api.post(f"/api/jobs/{self._job}/stop").raise_for_status()
         except httpx.HTTPError as error:
             self.log.warning("job %s could not be stopped: %s", self._job, error)
 
@@ -124,7 +129,12 @@ def stop_left(api: httpx.Client, task: str, log: Any) -> None:
     for job in found.raise_for_status().json():
         if (job.get("metadata") or {}).get("task") == task and job["status"] not in OVER:
             log.warning("stopping job %s, which an earlier try left behind", job["submission_id"])
-            api.post(f"/api/jobs/{job['submission_id']}/stop")
+            api.post(f"/api/jobs/{job['submission_id']}/stop").raise_for_status()
+
+
+def deadline(hours: float) -> list[str]:
+    """What ends the job where Airflow is no longer there to."""
+    return ["timeout", "--kill-after=60", str(int(hours * 3600) + DEADLINE_SLACK_SECONDS)]
 
 
 def ended(job: Mapping[str, Any]) -> Ended:

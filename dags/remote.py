@@ -11,7 +11,7 @@ from typing import Any
 
 import deployment
 from airflow.sdk.exceptions import AirflowFailException
-from launch import StageOperator, failure
+from launch import StageOperator, config_of, failure
 
 from flywheel_tasks.compute.demand import misfit
 from flywheel_tasks.compute.session import CPUS_VARIABLE
@@ -19,7 +19,6 @@ from flywheel_tasks.core import receipts
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.stage import Resources, Stage
 from flywheel_tasks.core.store import Store
-from flywheel_tasks.pipeline import load_config
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,8 @@ class RemoteOperator(StageOperator):
         self.cancelled = False
 
     def launch(self, arguments: Sequence[str], context: Mapping[str, Any]) -> str:
-        params = context["params"]
-        settings = [*deployment.overrides(), *(params.get("overrides") or ())]
         try:
-            config = load_config(params["profile"], None, settings)
+            config = config_of(context)
             store = Store(config.store.uri)
         except FlywheelError as error:
             raise AirflowFailException(f"{self.stage_name}: {error}") from error

@@ -127,7 +127,7 @@ def follow(store: Store, config: FlywheelConfig, cycle: str | None = None) -> No
 def _artifact(store: Store, cycle: str, stage: str) -> Artifact:
     found = store.pointed(cycle, stage)
     if found is None:
-        raise InputError(f"{cycle} has no {stage}: run `flywheel run {stage} --cycle {cycle}` first")
+        raise InputError(f"{cycle} has no {stage} in {store.uri}: run `flywheel run {stage} --cycle {cycle}` first")
     return found
 
 

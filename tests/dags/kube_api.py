@@ -34,6 +34,8 @@ class Cluster:
         self.command: tuple[str, ...] = (sys.executable, "-m", "flywheel_tasks.cli")
         self.end_as: str | None = None
         """What the server says of a pod whose process ended, whatever its exit code: a reason such as OOMKilled."""
+        self.answers_creation = self.lists_created = True
+        """False: the pod is made and the answer is lost; pods that were made are listed with an error."""
 
     def create(self, pod: dict[str, Any]) -> dict[str, Any]:
         name, base = pod["metadata"]["name"], pod["spec"]["containers"][0]
@@ -148,13 +150,18 @@ class Handler(BaseHTTPRequestHandler):
         if parts[-1] == "log":
             return self._stream(name)
         if self.command == "POST":
-            return self._json(cluster.create(body), 201)
+            if body["metadata"]["name"] in cluster.pods:
+                return self._json({"kind": "Status", "code": 409, "reason": "AlreadyExists"}, 409)
+            made = cluster.create(body)
+            return self._json(made, 201) if cluster.answers_creation else self.connection.close()
         if self.command == "DELETE":
             return self._json(cluster.delete(name))
         if self.command == "PATCH":
             cluster.pods[name]["metadata"]["labels"] |= body["metadata"]["labels"]
         if name:
             return self._json(cluster.read(name))
+        if cluster.created and not cluster.lists_created:
+            return self._json({"kind": "Status", "code": 503, "reason": "ServiceUnavailable"}, 503)
         items = cluster.list(query.get("labelSelector", ""))
         return self._json({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from launch import LAUNCHERS, StageOperator, launcher_of, stage_arguments
 
 from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.pipeline import STAGES, load_config
+from flywheel_tasks.release.due import Due
 
 DAGS = Path(character_flywheel.__file__).parent
 BOTH = (character_flywheel.dag, ab_readout.dag)
@@ -68,16 +70,14 @@ def test_only_airflow_retries_and_a_skipped_stage_does_not_stop_the_loop():
 
 
 def test_an_unknown_launcher_is_one_clear_error():
-    with pytest.raises(
-        ConfigError, match="FLYWHEEL_LAUNCHER='swarm': the launchers are local, docker, kubernetes, ray"
-    ):
+    with pytest.raises(ConfigError, match=r"FLYWHEEL_LAUNCHER='swarm': the launchers are local, docker, kubernetes$"):
         launcher_of("swarm")
     assert {launcher_of(mode).__module__ for mode in LAUNCHERS} == {f"launch_{mode}" for mode in LAUNCHERS}
 
 
 def form(**typed: object) -> dict[str, object]:
     """The form filled in as typed; raises where Airflow would refuse it."""
-    params = character_flywheel.dag.params
+    params = copy.deepcopy(character_flywheel.dag.params)  # resolving keeps what was typed
     merged = params.dump() | typed
     for name, value in merged.items():
         params.get_param(name).resolve(value=value)
@@ -145,28 +145,62 @@ def run_of(logical: str | None, after: str) -> dict[str, object]:
         (BOTH[1], "2026-11-17T07:00+00:00", "2026-11-17T07:00+00:00", "2026-W47"),
     ],
 )
-def test_an_empty_cycle_is_the_week_of_the_run(dag: DAG, logical: str | None, after: str, cycle: str):
-    if not dag.tasks:
-        pytest.skip("no stage runs daily yet")
-    assert dag.tasks[0].derived_cycle(run_of(logical, after)) == cycle
+def test_an_empty_cycle_is_the_week_of_the_run(dag: DAG, logical: str | None, after: str, cycle: str, tmp_path: Path):
+    """For the readout, where no release is open."""
+    params = {"params": form(overrides=[f"store.uri={tmp_path}/store"])}
+    assert dag.tasks[0].due(run_of(logical, after) | params) == (cycle, None)
 
 
-def test_the_daily_readout_is_told_which_day_is_complete(monkeypatch: pytest.MonkeyPatch):
-    """Without it a last day that is still filling up could close a window; what a person typed wins."""
-    task = ab_readout.dag.get_task("readout")
-    launched: list[list[str]] = []
-    monkeypatch.setattr(
-        type(task), "launch", lambda self, arguments, context: launched.append(arguments) or "file:///m/manifest.json"
-    )
+def launched(monkeypatch: pytest.MonkeyPatch, day: str, **typed: object) -> dict[str, list[str]]:
+    """The command lines of a run of `ab_readout`, by stage."""
+    found: dict[str, list[str]] = {}
+
+    def launch(self: StageOperator, arguments: list[str], context: object) -> str:
+        found[self.stage_name] = arguments
+        return "file:///m/manifest.json"
+
+    monkeypatch.setattr(launcher_of("local"), "launch", launch)
     ti = SimpleNamespace(xcom_pull=lambda task_ids: None)
-    for name in ("readout", "expose"):
-        params = form(overrides=["readout.as_of=2026-11-01"]) | {"skip": None}
-        context = {"params": params, "ti": ti, **run_of("2026-11-17T07:00+00:00", "2026-11-17T07:00+00:00")}
-        type(task).execute.__wrapped__(ab_readout.dag.get_task(name), context)
-    settings = [[a for a in arguments if "=" in a] for arguments in launched]
-    assert settings == [["readout.as_of=2026-11-17", "readout.as_of=2026-11-01"], ["readout.as_of=2026-11-01"]]
+    for task in ab_readout.dag.tasks:
+        context = {"params": form(**typed) | {"skip": None}, "ti": ti, **run_of(f"{day}T07:00+00:00", "")}
+        type(task).execute.__wrapped__(task, context)
+    return found
+
+
+def test_the_daily_readout_is_told_which_day_is_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Without it a last day that is still filling up could close a window; what a person typed wins."""
+    typed = [f"store.uri={tmp_path}/store", "readout.as_of=2026-11-01"]
+    found = launched(monkeypatch, "2026-11-17", overrides=typed)
+    settings = {stage: [a for a in arguments if "=" in a] for stage, arguments in found.items()}
+    assert settings == {"expose": typed, "readout": ["readout.as_of=2026-11-17", *typed]}
     found = load_config(overrides=["store.uri=/tmp/x", "readout.as_of=2026-11-17"]).stages["readout"]
     assert found.as_of == datetime.date(2026, 11, 17)
+
+
+@pytest.mark.parametrize(
+    ("day", "typed", "complete"),
+    [
+        ("2026-11-25", [], "2026-11-23"),
+        ("2026-11-25", ['readout.activity=["/a/*"]'], "2026-11-25"),
+        ("2026-11-23", [], "2026-11-23"),
+    ],
+    ids=["the ingest's days", "a platform's days", "the morning of the ingest"],
+)
+def test_a_daily_run_reads_the_open_release_with_the_newest_ingest(
+    monkeypatch: pytest.MonkeyPatch, day: str, typed: list[str], complete: str
+):
+    """A day that the ingest saw in part is not complete, however late it is by now."""
+    monday = datetime.datetime(2026, 11, 23, 6, tzinfo=datetime.UTC)
+    ingest = SimpleNamespace(uri="file:///s/manifest.json", manifest=SimpleNamespace(started=monday))
+    monkeypatch.setattr("launch.due", lambda store, settled, days: Due("2026-W47", ingest))
+    found = launched(monkeypatch, day, overrides=typed)
+    for arguments in found.values():
+        assert arguments[arguments.index("--cycle") + 1] == "2026-W47"
+        assert f"ingest={ingest.uri}" in arguments
+    assert f"readout.as_of={complete}" in found["readout"]
+    for arguments in launched(monkeypatch, day, overrides=typed, cycle="2026-W46").values():
+        assert "2026-W46" in arguments
+        assert "--input" not in arguments
 
 
 def test_a_skipped_stage_is_skipped_before_anything_is_looked_up():

@@ -81,6 +81,12 @@ def test_an_engine_that_is_away_is_a_failure_that_another_try_may_mend(
     assert not isinstance(caught.value, AirflowFailException)
 
 
+def test_a_stage_that_spans_nodes_is_refused(tmp_path: Path, deploy: Callable[..., Deployment]):
+    deploy(resources={"ingest": {"nodes": 2}})
+    with pytest.raises(AirflowFailException, match=r"asks for 2 nodes.*set resources.ingest.nodes to 1"):
+        execute(launcher(), context(tmp_path))
+
+
 @pytest.fixture
 def deploy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Deployment]:
     """Writes a deployment file and names it in the environment."""

@@ -13,12 +13,15 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.providers.cncf.kubernetes.utils.pod_manager import PodManager
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import ApiClient
 from launch import LONGEST_LINE
 from launch_kubernetes import Launcher
 from launch_ray import Launcher as RayLauncher
 from structlog.testing import capture_logs
+from tenacity import wait_none
 
 from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.core.stage import Resources, Stage
@@ -238,6 +241,34 @@ def test_a_task_cancelled_before_it_has_its_pod_leaves_none(
     assert len(cluster.created) == (moment != "before")
     assert cluster.pods == {}
     assert cluster.processes == {}
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("lost", ["answers_creation", "lists_created"])
+def test_a_pod_that_was_made_unheard_is_deleted(
+    cluster: kube_api.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, cancelled: bool
+):
+    """The server makes the pod and its answer is lost: nobody holds the pod, and it may not hold its GPUs."""
+    for call in (PodManager.create_pod, KubernetesPodOperator.find_pod):
+        if hasattr(call, "retry"):
+            monkeypatch.setattr(call.retry, "wait", wait_none())
+    cluster.command = ("python3", "-c", "import time; time.sleep(60)")
+    setattr(cluster, lost, False)
+    launcher = operator(by_name("ingest"))
+    if cancelled:
+        make = cluster.create
+        monkeypatch.setattr(cluster, "create", lambda pod: (make(pod), launcher.on_kill())[0])
+    with pytest.raises(AirflowException, match=r"lost by the cluster|cancelled"):
+        execute(launcher, context(tmp_path))
+    assert len(cluster.created) == 1
+    assert cluster.pods == {}
+    assert cluster.processes == {}
+
+
+def test_a_pod_may_wait_for_the_gpus_of_another_stage_as_long_as_a_stage_may_run():
+    launcher = operator(GPU)
+    assert launcher.schedule_timeout_seconds == 48 * 3600
+    assert launcher.startup_timeout_seconds == 30 * 60
 
 
 def test_a_pods_log_can_neither_move_the_cursor_nor_fill_the_disk(cluster: kube_api.Cluster, tmp_path: Path):

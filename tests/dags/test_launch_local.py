@@ -103,6 +103,12 @@ def test_failures(script: str, error: type[Exception], message: str):
     assert type(caught.value) is error, "only a failure that another try may mend is tried again"
 
 
+@pytest.mark.parametrize("after", ["import os; os.kill(os.getpid(), 11)", "print('a child that says something')"])
+def test_the_manifest_decides_not_the_exit_code_and_not_the_last_word(after: str):
+    """The work was committed, then the interpreter fell over on its way out."""
+    assert execute(launcher(f"print({URI!r}, flush=True); {after}")) == URI
+
+
 @pytest.mark.parametrize("uses", [True, False])
 def test_secrets_reach_only_who_needs_them(uses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FLYWHEEL_USER_KEY", "k" * 32)

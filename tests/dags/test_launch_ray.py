@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import importlib.util
+import json
 import os
 import secrets
 import shlex
@@ -63,6 +64,72 @@ def test_without_a_token_nothing_is_sent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     with pytest.raises(AirflowFailException, match="RAY_AUTH_TOKEN"):
         client("http://127.0.0.1:8265")
+
+
+class Faulty:
+    """A head whose answers get lost, as an httpx transport."""
+
+    def __init__(self, lose_submit: bool, stops_that_fail: int) -> None:
+        self.lose_submit, self.stops_that_fail = lose_submit, stops_that_fail
+        self.running: set[str] = set()
+        self.entry_points: list[str] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "POST" and request.url.path == "/api/jobs/":
+            job = json.loads(request.content)
+            self.running.add(job["submission_id"])
+            self.entry_points.append(job["entrypoint"])
+            if self.lose_submit:
+                raise httpx.ReadTimeout("lost", request=request)
+            return httpx.Response(200, json={})
+        if request.url.path.endswith("/stop"):
+            self.stops_that_fail -= 1
+            if self.stops_that_fail >= 0:
+                return httpx.Response(500, text="the agent is away")
+            self.running.clear()
+            return httpx.Response(200, json={"stopped": True})
+        if request.url.path.endswith("/logs"):
+            return httpx.Response(200, json={"logs": ""})
+        if request.url.path == "/api/jobs/":
+            return httpx.Response(200, json=[])
+        return httpx.Response(200, json={"status": "RUNNING" if self.running else "STOPPED"})
+
+
+def launched_at(head: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    file = tmp_path / "deployment.yaml"
+    file.write_text("{deadline_hours: 2, ray: {poll_seconds: 0.01}}")
+    monkeypatch.setenv("FLYWHEEL_DEPLOYMENT", str(file))
+    transport = httpx.MockTransport(head)
+    monkeypatch.setattr(
+        "launch_ray.client", lambda address, timeout=30: httpx.Client(transport=transport, base_url=address)
+    )
+    return Launcher(task_id=OPEN, stage=spanning(OPEN), upstream=[])
+
+
+def test_a_job_that_was_taken_unheard_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The head takes the job and its answer is lost: nobody would watch it run."""
+    head = Faulty(lose_submit=True, stops_that_fail=0)
+    launcher = launched_at(head, tmp_path, monkeypatch)
+    with pytest.raises(httpx.ReadTimeout):
+        type(launcher).execute.__wrapped__(launcher, context(tmp_path, "lost"))
+    assert len(head.entry_points) == 1
+    assert not head.running
+    assert head.entry_points[0].startswith("timeout --kill-after=60 7800 flywheel run"), "it ends itself at the latest"
+
+
+def test_a_cancelled_job_is_stopped_until_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    head = Faulty(lose_submit=False, stops_that_fail=3)
+    launcher = launched_at(head, tmp_path, monkeypatch)
+
+    def cancel() -> None:
+        while not head.running:
+            time.sleep(0.01)
+        launcher.on_kill()
+
+    threading.Thread(target=cancel, daemon=True).start()
+    with pytest.raises(AirflowException, match="stopped on the Ray cluster"):
+        type(launcher).execute.__wrapped__(launcher, context(tmp_path, "deaf"))
+    assert head.stops_that_fail < 0
 
 
 class Head:

@@ -208,6 +208,7 @@ print(json.dumps({
     "used": sum(gpus(config.stages[s.name], granted[s.name].nodes) for s in STAGES),
     "spread": {s.name: granted[s.name].nodes * granted[s.name].gpus for s in STAGES if granted[s.name].nodes > 1},
     "logs": config.stages["ingest"].logs,
+    "characters": config.stages["ingest"].characters,
     "urls": [value for value in config.flat().values() if value.startswith("http")],
 }))
 """
@@ -226,10 +227,11 @@ def fits(values: str, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("values", VALUES)
 def test_every_stage_of_the_profile_fits_what_the_values_grant_it(values: str, tmp_path: Path):
-    """And a scheduled run, which nobody fills a form for, knows where the logs are."""
+    """And a scheduled run, which nobody fills a form for, knows where the logs and the characters' cards are."""
     found = fits(values, tmp_path)
     assert found["misfits"] == []
     assert found["logs"]
+    assert found["characters"]
     assert (found["used"] > 0) is (values != "small")
     for cluster in of_kind(values, "RayCluster"):
         (workers,) = cluster["spec"]["workerGroupSpecs"]

@@ -73,13 +73,15 @@ class Cycle:
     def __init__(self, folder: Path) -> None:
         self.folder, self.uri = folder, f"file://{folder}/store"
 
-    def run(self, stage: Stage, cycle: str = "2026-W45", **sections: dict[str, Any]) -> Artifact:
+    def run(
+        self, stage: Stage, cycle: str = "2026-W45", given: dict[str, str] | None = None, **sections: dict[str, Any]
+    ) -> Artifact:
         classes = {"ingest": DaysConfig, "expose": expose.ExposeConfig, "readout": readout.ReadoutConfig}
         stages = {name: kind.model_validate(sections.get(name, {})) for name, kind in classes.items()}
         config = FlywheelConfig.model_validate(
             {"store": {"uri": self.uri}, "tracking": {"uri": f"sqlite:///{self.folder}/mlflow.db"}}
         ).model_copy(update={"stages": stages})
-        return run_stage(stage, cycle, config, Store(self.uri)).artifact
+        return run_stage(stage, cycle, config, Store(self.uri), given).artifact
 
 
 @pytest.fixture
