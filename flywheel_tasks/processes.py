@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -44,6 +45,14 @@ def adopt_orphans() -> None:
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def reap_orphans(awaited: Iterable[int] = ()) -> None:
+    """Take leave of adopted orphans that have ended: nobody else does. Of `awaited` children somebody asks the end."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
+            if child.pid not in awaited and child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, os.WNOHANG)
+
+
 def descendants(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
     """Every living process below the roots, the roots left out."""
     found: dict[int, psutil.Process] = {}
@@ -78,6 +87,7 @@ def stop_everything_below(grace: float) -> None:
     """Stop all descendants of this process, and those that they leave behind while they go."""
     for seconds in (grace, 0.5, 0.5):
         stop([p for p in descendants([psutil.Process()]) if p.status() != psutil.STATUS_ZOMBIE], seconds)
+    reap_orphans()
 
 
 def tail(log: Path, lines: int = 20) -> str:

@@ -269,6 +269,8 @@ def _started(say: Callable[[str], None], whole: bool) -> Iterator[tuple[Endpoint
             for name, child in children.items():
                 if (code := child.poll()) is not None:
                     raise _failure(f"{name} died (exit {code})", logs / f"{name}.log")
+            if whole:
+                processes.reap_orphans({child.pid for child in children.values()})
 
         def start(service: Service) -> None:
             with (logs / f"{service.name}.log").open("wb") as log:

@@ -115,6 +115,26 @@ except FlywheelError as error:
 """
 
 
+ORPHANS = """
+import os, subprocess, sys, time, psutil
+from flywheel_tasks import processes
+processes.adopt_orphans()
+mine = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+subprocess.run([sys.executable, "-c", "import subprocess; subprocess.Popen(['sleep', '0.5'])"], check=True)
+def zombies():
+    return {p.pid for p in psutil.Process().children() if p.status() == psutil.STATUS_ZOMBIE}
+while len(zombies()) < 2:
+    time.sleep(0.05)
+processes.reap_orphans({mine.pid})
+print(zombies() == {mine.pid}, mine.wait())
+"""
+
+
+def test_adopted_orphans_are_reaped_and_nobody_elses_child_is():
+    done = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "3"], done.stderr
+
+
 def test_a_dead_service_stops_the_rest_and_shows_its_log(home: Path):
     done = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -389,6 +409,7 @@ def test_a_person_can_trigger_a_run_from_the_form_and_read_its_log(up: Up, tmp_p
 def test_sigterm_stops_everything_within_ten_seconds(up: Up):
     tree = up.tree()
     assert len(tree) >= 4
+    assert [process for process in tree if process.status() == psutil.STATUS_ZOMBIE] == []
     began = time.monotonic()
     up.process.terminate()
     assert up.process.wait(30) == 0
