@@ -17,6 +17,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 from launch import printable
 
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.core.terminal import visible
 from flywheel_tasks.release import ledger
 
 APPROVE, REJECT = "Approve", "Reject"
@@ -62,6 +63,7 @@ class Approval(HITLOperator):
         """Hand the answer to `flywheel answer`, which keeps the first one and refuses another."""
         artifact = self.promotion(context)
         argv = [*self.command, "answer", said, f"--cycle={artifact.manifest.cycle}", f"--by={by}", f"--why={why}"]
+        argv += [f"--gate={artifact.json('promotion')['gate']}"]
         argv += [f"--profile={context['params']['profile']}", f"--set=store.uri={artifact.storage.uri}"]
         done = subprocess.run(argv, capture_output=True, timeout=300)
         for line in (done.stdout + done.stderr).splitlines():
@@ -87,7 +89,7 @@ def form() -> dict[str, Param]:
 
 def page(artifact: Artifact, said: Mapping[str, Any]) -> str:
     """What the person sees; everything measured is on the evidence page."""
-    reasons = [f"- `{reason.replace('`', '')}`" for reason in said["reasons"]]
+    reasons = [f"- `{visible(reason).replace('`', '')}`" for reason in said["reasons"]]
     gate = Store(artifact.storage.uri).resolve(said["gate"]).manifest
     facts = [
         f"**Cycle** {artifact.manifest.cycle}",

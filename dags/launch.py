@@ -67,7 +67,7 @@ class StageOperator(BaseOperator):
                 f"{self.stage_name} is skipped: later stages use what this cycle has in the store"
             )
         found = {stage: ti.xcom_pull(task_ids=stage) for stage in self.upstream_stages}
-        cycle, ingest = (params["cycle"], None) if params["cycle"] else self.due(context)
+        cycle, ingest = self.due(context)
         if ingest and self.reads_ingest:
             found[INGEST] = ingest.uri
         settings = [*self.derived_settings(context, ingest), *(params.get("overrides") or ())]
@@ -81,12 +81,15 @@ class StageOperator(BaseOperator):
         return uri
 
     def due(self, context: Mapping[str, Any]) -> tuple[str, Artifact | None]:
-        """The ISO week of the run; for the readout that of the release to be read, and the newest ingest."""
-        settled = day_of(context) - timedelta(days=self.settled_days)
+        """What was typed, or the ISO week of the run; for the readout the release to be read, and the ingest it reads:
+        the newest, or that of the cycle that was typed."""
+        settled, typed = day_of(context) - timedelta(days=self.settled_days), context["params"]["cycle"]
         if not self.as_of:
-            return cycle_of(settled), None
+            return typed or cycle_of(settled), None
         try:
             config = config_of(context)
+            if typed:
+                return typed, Store(config.store.uri).pointed(typed, INGEST)
             window = config.stages[self.as_of.partition(".")[0]]
             return due(Store(config.store.uri), settled, window.days + window.settle_days)  # type: ignore[attr-defined]
         except InputError as error:

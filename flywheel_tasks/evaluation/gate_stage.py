@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.core.store import Artifact, Store
@@ -20,6 +22,13 @@ SECTION_OF = {
     "preference-pairwise": "reward_models",
 }
 """Whose report gives which section of the evidence."""
+MEASURED_FROM = {
+    "winrate": ("responses", "pointwise", "pairwise"),
+    "metrics": ("responses",),
+    "style": ("responses",),
+    "benchmarks": ("candidate",),
+}
+"""The inputs that a measurement shares with this gate: its responses, its candidate, its reward models."""
 BY_PEOPLE = ("annotations", "shown")
 """Inputs in which people compared the two models side by side."""
 
@@ -36,6 +45,7 @@ def run(inputs: Inputs, config: GateConfig, out: Output) -> None:
     from flywheel_tasks.evaluation.gate_view import page
 
     artifacts = {name: found[0] for name in STAGE.inputs if name not in BY_PEOPLE and (found := inputs.maybe(name))}
+    of_another(artifacts, out.cycle)
     reports: dict[str, Any] = {
         _source(name): artifact.json(STAGE.inputs[name].output) for name, artifact in artifacts.items()
     }
@@ -78,6 +88,24 @@ def run(inputs: Inputs, config: GateConfig, out: Output) -> None:
     for finding in decision.findings:
         if finding.value is not None:
             out.metric(f"gate.{finding.rule}.{finding.subject}", finding.value)
+
+
+def of_another(artifacts: Mapping[str, Artifact], cycle: str) -> None:
+    """Refuse what was measured of something else: another candidate's numbers would vouch for this one."""
+    keys = {name: artifact.manifest.key for name, artifact in artifacts.items()}
+    answered = artifacts["responses"].manifest
+    keys |= {name: record.key for name, record in answered.inputs.items() if name == "candidate"}
+    for name, shared in MEASURED_FROM.items():
+        if name not in artifacts:
+            continue
+        stage, inputs = STAGE.inputs[name].stage, artifacts[name].manifest.inputs
+        for field in shared:
+            used = inputs[field].key if field in inputs else None
+            if used != keys.get(field):
+                raise InputError(
+                    f"{stage} measured {field} {(used or 'none')[:12]}, and this cycle's is now "
+                    f"{keys.get(field, 'none')[:12]}: run `flywheel run {stage} --cycle {cycle}` again, then the gate"
+                )
 
 
 def _source(name: str) -> str:

@@ -144,8 +144,8 @@ def _of_row(row: Mapping[str, str | None], where: str) -> Version:
         if known.unit == "share" and not 0 <= value <= 100:
             raise InputError(f"{where}: {known.column} {value:g} is not between 0 and 100")
         minus, plus = (_cell(row, f"{known.name}_ci_{side}", where) for side in ("minus", "plus"))
-        low, high = (None, None) if minus is None or plus is None else (value - minus, value + plus)
         scale = 0.01 if known.unit == "share" else 1.0
+        low, high = (None, None) if minus is None or plus is None else ((value - minus) * scale, (value + plus) * scale)
         numbers[known.name] = Number(value * scale, low, high)
     return Version(row["version"] or "?", row.get("release_date") or "", numbers)
 
@@ -175,17 +175,19 @@ def of_cycle(store: Store, cycle: str) -> Version:
     from flywheel_tasks.release.ledger import read
 
     numbers, before, level = dict[str, Number](), dict[str, Number](), None
+    gate, promotion = store.pointed(cycle, "gate"), store.pointed(cycle, "promote")
+    decision = gate.json("decision") if gate else {}
     for later in (c for c in store.cycles() if c >= cycle):
         if readout := store.pointed(later, "readout"):
             found = readout.json("readout")
-            if found.get("status") == "closed" and found.get("experiment") == f"{EXPERIMENT}{cycle}":
+            tested = (found.get("candidate") or {}).get("artifact")
+            mine = tested is not None and tested == decision.get("candidate", tested)
+            if mine and found.get("status") == "closed" and found.get("experiment") == f"{EXPERIMENT}{cycle}":
                 numbers |= _lifts(found)
                 level = 1 - found["alpha"] if "alpha" in found else None
     for stage, take in READ.items():
         if artifact := store.pointed(cycle, stage):
             take(artifact, numbers, before)
-    gate, promotion = store.pointed(cycle, "gate"), store.pointed(cycle, "promote")
-    decision = gate.json("decision") if gate else {}
     config = gate.manifest.config if gate else {}
     judged = GateConfig.model_validate({name: config[name] for name in LINES if name in config})
     return Version(

@@ -13,7 +13,7 @@ from flywheel_tasks.core.commands import Settings, configured
 from flywheel_tasks.core.config import FlywheelConfig, without_password
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Artifact, Store
-from flywheel_tasks.core.terminal import Table
+from flywheel_tasks.core.terminal import Table, say
 from flywheel_tasks.core.terminal import show as show_parts
 from flywheel_tasks.release import champion as rules
 from flywheel_tasks.release import ledger
@@ -37,12 +37,19 @@ def register(app: typer.Typer, settings: Settings) -> None:
         cycle: Annotated[str, typer.Option("--cycle", help="The cycle whose gate said HOLD.")],
         why: Why = "",
         by: By = None,
+        shown: Annotated[
+            str | None, typer.Option("--gate", help="The gate that was looked at (STAGE/KEY): an answer to no other.")
+        ] = None,
     ) -> None:
         """Answer a HOLD of the gate. The first answer stands; it is kept with who gave it and why."""
         if said not in ("approve", "reject", "timeout"):
             raise InputError(f"'{said}' is no answer: say approve, reject or timeout")
         store = Store(config.store.uri)
         gate = _artifact(store, cycle, "gate")
+        if shown and shown != (now := f"gate/{gate.manifest.key}"):
+            raise InputError(
+                f"{cycle} was judged again: the answer is to {shown}, and its gate is now {now}; answer that"
+            )
         record = gate.manifest.inputs["responses"]
         model = rules.answered_as(store.get(record.stage, record.key), "candidate")
         age = config.stages["promote"].max_age_days  # type: ignore[attr-defined]
@@ -133,7 +140,7 @@ def _artifact(store: Store, cycle: str, stage: str) -> Artifact:
 
 def _report(entry: ledger.Entry, store: Store, config: FlywheelConfig) -> None:
     follow(store, config, entry.cycle)
-    print(f"{entry.number}  {entry.action}  {ledger.title(entry.model)}  {entry.cycle}  by {entry.by}: {entry.why}")
+    say(f"{entry.number}  {entry.action}  {ledger.title(entry.model)}  {entry.cycle}  by {entry.by}: {entry.why}")
 
 
 def _path(model: ledger.Model | None, store: Store) -> str | None:

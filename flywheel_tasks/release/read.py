@@ -88,12 +88,12 @@ def read_out(
 
 
 def nobody_yet(experiment: str, arms: Sequence[str], first: dt.date, config: ReadoutConfig) -> ReadoutResult:
-    """What is said of an experiment whose first unit has not come yet."""
+    """What is said of an experiment while an arm has no unit yet."""
     log = Log(np.empty((0, 1), np.uint64), np.empty(0, np.int32), np.empty(0, np.int64), (), list(arms), (), experiment)
     day = day_number(first)
     window = Window(day, config.days, day + config.days - 1, config.pre_days, config.estimand)
     return _empty(
-        log, window, config, "running", [f"no unit has entered since {first}: their activity is not there yet"]
+        log, window, config, "running", [f"not every arm has a unit since {first}: their activity is not there yet"]
     )
 
 
@@ -289,8 +289,11 @@ def _checks(
     weights = config.allocation or dict.fromkeys(arms, 1.0)
     if set(weights) != set(arms):
         raise InputError(f"allocation names {', '.join(sorted(weights))}; the log has {', '.join(sorted(arms))}")
-    ratio = sample_ratio(stayed or {a: m["sends"].n for a, m in sorted(arms.items())}, weights)
-    if ratio.p < config.srm_p:
+    counted = stayed or {a: m["sends"].n for a, m in sorted(arms.items())}
+    ratio = sample_ratio(counted, weights) if any(counted.values()) else None
+    if ratio is None:
+        problems.append("no unit kept its place while the arms were resized, so the sample ratio can't be checked")
+    elif ratio.p < config.srm_p:
         planned = ", ".join(f"{a} {w:g}" for a, w in sorted(weights.items()))
         problems.append(
             f"sample ratio mismatch: p = {ratio.p:.2g} < {config.srm_p:g} against the planned weights {planned}, so "

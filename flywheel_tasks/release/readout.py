@@ -61,7 +61,7 @@ def _result(inputs: Inputs, config: ReadoutConfig, out: Output) -> ReadoutResult
     report: Mapping[str, Any] = {} if inputs.sources.get("exposures") else inputs.json("report") or {}
     experiment = config.experiment or f"release-{out.cycle}"
     known = report.get(experiment, {})
-    if activity and known.get("start") and not any(known["units"].values()):
+    if activity and known.get("start") and not all(known["units"].values()):
         waits = nobody_yet(experiment, known["arms"], dt.date.fromisoformat(known["start"]), config)
         return replace(waits, candidate=known.get("candidate"), champion=known.get("champion"))
     if not exposures or not activity:

@@ -90,7 +90,7 @@ def _group(matrix: NDArray[Any], exposed: NDArray[np.int32], window: Window) -> 
     sends = np.zeros(n, np.int64)
     days = np.zeros(n, np.uint8)
     ever = np.zeros(n, bool)
-    weight = window.scale // window.observable(exposed) if window.estimand == "days_since_exposure" else None
+    weight = None
     latest = int(exposed.max(initial=0))
     out: dict[str, Moments] = {}
     for d in window.kept:
@@ -104,6 +104,8 @@ def _group(matrix: NDArray[Any], exposed: NDArray[np.int32], window: Window) -> 
         here = None if window.relative or latest <= window.first + d else exposed <= window.first + d
         out[f"day_active@{d}"] = Moments(n if here is None else int(np.count_nonzero(here)), count, count)
         out[f"day_depth@{d}"] = moments(wide)._replace(n=count)
+        if window.estimand == "days_since_exposure":  # a unit that comes later is left out of this look
+            weight = window.scale // np.maximum(window.observable(exposed, d), 1)
         at = "" if d == window.kept[-1] else f"@{d}"
         out |= {name + at: m for name, m in _through(days, sends, ever, weight, here).items()}
     if window.pre_days:

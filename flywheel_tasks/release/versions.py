@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flywheel_tasks.release.analysis import PRIMARY
+from flywheel_tasks.release.champion import EXPERIMENT
 from flywheel_tasks.release.result import ReadoutResult
 from flywheel_tasks.stats.multiplicity import benjamini_hochberg, holm
 
@@ -28,10 +29,11 @@ class Claim:
 def across(earlier: Mapping[str, Any] | None, result: ReadoutResult) -> list[dict[str, Any]]:
     """The claims of the readout of the cycle before, and of those before it, with this one's; adjusted together."""
     known = [Claim(**claim) for claim in (earlier or {}).get("versions", ())]
+    tested = result.candidate or not result.experiment.startswith(EXPERIMENT)  # a release without one tested nothing
     mine = [
         Claim(result.experiment, c.arm, c.metric, c.lift.lift_pct, c.p)
         for c in result.comparisons
-        if c.metric in PRIMARY and c.p is not None
+        if tested and c.metric in PRIMARY and c.p is not None
     ]
     return adjust([*(claim for claim in known if claim.experiment != result.experiment), *mine])
 

@@ -71,12 +71,12 @@ class Window:
             ), "own window not complete or not in range"
         return exposed <= self.first + self.kept[-1], "first exposed after the window"
 
-    def observable(self, exposed: NDArray[np.int32]) -> NDArray[np.int64]:
-        """|D_i|: the days over which eq. 9 averages for each unit."""
+    def observable(self, exposed: NDArray[np.int32], through: int) -> NDArray[np.int64]:
+        """|D_i| up to day `through` of the window: the days over which eq. 9 averages for each unit."""
         if self.estimand != "days_since_exposure":
             return np.full(len(exposed), len(self.kept), np.int64)
         since = np.clip(exposed - self.first, 0, self.days - 1)
-        left = np.array([sum(k >= d for k in self.kept) for d in range(self.days)], np.int64)
+        left = np.array([sum(d <= k <= through for k in self.kept) for d in range(self.days)], np.int64)
         return left[since]
 
     def describe(self) -> str:

@@ -103,6 +103,31 @@ def test_the_first_answer_stands(world: World):
     assert [entry.action for entry in ledger.read(world.store.storage).entries] == ["refuse"]
 
 
+@pytest.mark.parametrize("event", [said(APPROVE), said(REJECT), {"error": "late", "error_type": "timeout"}])
+def test_an_answer_is_to_the_page_that_was_shown_and_to_no_other_candidate(world: World, event: dict[str, Any]):
+    """While the question waited, the week's candidate was made and judged anew."""
+    shown = context(world.promote("HOLD", weights="the one on the page"))
+    now = context(world.promote("HOLD", weights="another"))
+    with pytest.raises(AirflowFailException, match="judged again"):
+        asked().execute_complete(shown, event)
+    assert ledger.read(world.store.storage).entries == ()
+    asked().execute_complete(now, said(APPROVE))
+    assert [entry.action for entry in ledger.read(world.store.storage).entries] == ["nominate"]
+
+
+def test_a_reason_of_others_can_write_no_page(world: World, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(approval.HITLOperator, "execute", lambda self, context: None)
+    task = asked()
+    hostile = "x`\n\n## Approve this\n\n![p](https://evil.example/x.png)"
+    world.gate("HOLD")
+    world.run(GATE, decision="HOLD", says=hostile)
+    Approval.execute.__wrapped__(task, context(world.run(promote.STAGE)))
+    (reason,) = [line for line in str(task.body).splitlines() if "Approve this" in line]
+    assert reason.startswith("- `HOLD: x")
+    assert reason.endswith("`")
+    assert reason.count("`") == 2
+
+
 def test_a_second_run_of_the_cycle_asks_nobody_again(world: World):
     held = context(world.promote("HOLD"))
     asked().execute_complete(held, said(REJECT))

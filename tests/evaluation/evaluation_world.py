@@ -173,8 +173,8 @@ BEFORE = (
     ),
     _stage("preference-pointwise", _reward("pointwise"), {"model": "checkpoint", "report": "json"}),
     _stage("preference-pairwise", _reward("pairwise"), {"model": "checkpoint", "report": "json"}),
-    _stage("metrics", _metrics, {"metrics": "json", "style": "json"}),
-    _stage("benchmarks", _benchmarks, {"benchmarks": "json"}),
+    _stage("metrics", _metrics, {"metrics": "json", "style": "json"}, responses=Input("respond", "responses")),
+    _stage("benchmarks", _benchmarks, {"benchmarks": "json"}, candidate=Input("rl", "model")),
 )
 STAGES = (*BEFORE, winrate.STAGE, side_by_side.STAGE, side_by_side.IMPORT, gate_stage.STAGE, promote.STAGE)
 

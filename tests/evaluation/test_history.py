@@ -9,7 +9,7 @@ import pytest
 
 from flywheel_tasks.core.tracking import Tracker
 from flywheel_tasks.evaluation.figures import growth
-from flywheel_tasks.evaluation.history import of_cycle
+from flywheel_tasks.evaluation.history import from_csv, of_cycle
 from flywheel_tasks.release import champion
 from tests.release.promotion_world import World
 
@@ -27,3 +27,24 @@ def test_the_lift_of_a_version_that_was_rolled_back_is_no_growth(
     versions = [of_cycle(world.store, week) for week in weeks]
     assert [v.released for v in versions] == [True, False]
     assert growth(versions, "breadth") == ([0], [pytest.approx(1.015)])
+
+
+@pytest.mark.parametrize("tested", ["the candidate", "another", "unnamed"])
+def test_a_test_of_no_candidate_or_of_another_gives_a_version_no_lift(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tested: str
+) -> None:
+    monkeypatch.setattr(Tracker, "watch", lambda self, record: nullcontext())
+    world = World(tmp_path)
+    world.promote("PASS", "2026-W47")
+    world.readout("2026-W47", tested=tested)
+    assert ("breadth" in of_cycle(world.store, "2026-W47").numbers) is (tested == "the candidate")
+
+
+def test_a_share_and_its_interval_are_in_one_unit(tmp_path: Path) -> None:
+    file = tmp_path / "history.csv"
+    file.write_text(
+        "version,rm_pointwise_user_win_pct,pointwise_user_ci_minus,pointwise_user_ci_plus\nV9,58,2,3\n", "utf-8"
+    )
+    (version,) = from_csv(file)
+    number = version.numbers["pointwise_user"]
+    assert (number.value, number.low, number.high) == pytest.approx((0.58, 0.56, 0.61))

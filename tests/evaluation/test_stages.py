@@ -18,6 +18,7 @@ from flywheel_tasks.evaluation import commands
 from flywheel_tasks.evaluation.history import from_store
 from flywheel_tasks.models.chat import Card
 from flywheel_tasks.models.score import PairRow, Scorer, ScoreRow
+from flywheel_tasks.release import ledger
 from flywheel_tasks.stats.winrate import win_rate
 from tests.annotation.worlds import line, write
 from tests.evaluation.evaluation_world import PROMPTS, World
@@ -196,6 +197,27 @@ def test_what_the_stages_found_blocks(world: World, sections: dict[str, dict[str
     assert decision["decision"] == "BLOCK"
     assert any(why in reason for reason in decision["reasons"]), decision["reasons"]
     assert made["promote"].json("promotion")["outcome"] == "blocked"
+
+
+@pytest.mark.parametrize(
+    ("again", "stale", "what"),
+    [
+        (("rl", "respond"), "winrate", "responses"),
+        (("rl", "respond", "winrate"), "metrics", "responses"),
+        (("rl", "respond", "winrate", "metrics"), "benchmarks", "candidate"),
+        (("preference-pairwise",), "winrate", "pairwise"),
+    ],
+)
+def test_what_was_measured_of_another_candidate_vouches_for_nobody(
+    world: World, again: tuple[str, ...], stale: str, what: str
+) -> None:
+    """The week's candidate was made anew, and a stage that measures it was left out."""
+    other = {"rl": {"seed": 8}, "preference_pairwise": {"seed": 8}}
+    world.run(*again, **other)
+    before = len(ledger.read(world.store.storage).entries)
+    with pytest.raises(InputError, match=rf"^{stale} measured {what} .*run `flywheel run {stale} --cycle 2026-W47`"):
+        world.run("gate", "promote", gate=GATE, **other)
+    assert len(ledger.read(world.store.storage).entries) == before
 
 
 def test_people_hand_in_what_the_pipeline_cannot_measure(world: World, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_nobody_meets_a_candidate_before_it_was_nominated(cycle: Cycle, monkeypa
     assert exposures(cycle.run(expose.STAGE, expose=RELEASE)) == []
     waits = cycle.run(readout.STAGE, expose=RELEASE).json("readout")
     assert (waits["status"], waits["window"]["first"]) == ("running", str(day(2)))
-    assert waits["problems"] == [f"no unit has entered since {day(2)}: their activity is not there yet"]
+    assert waits["problems"] == [f"not every arm has a unit since {day(2)}: their activity is not there yet"]
     cycle.run(INGEST, ingest={"days": 9})
     log = exposures(cycle.run(expose.STAGE, expose=RELEASE))
     assert {row["exposed_at"].date() for row in log} == {day(2), day(3)}

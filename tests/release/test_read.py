@@ -51,6 +51,18 @@ def test_parity_with_the_reference(tmp_path: Path, estimand: str, text: bool) ->
     assert left == rows["activity rows"] == len(activity)
 
 
+@pytest.mark.parametrize("estimand", ["calendar_window", "days_since_exposure"])
+@pytest.mark.parametrize("days", [1, 3, 6])
+def test_a_look_is_what_a_window_of_that_length_would_have_said(tmp_path: Path, estimand: str, days: int) -> None:
+    files = write(tmp_path, *world(3))
+    whole = read_out_files(*files, settings(estimand=estimand, start=day(0), days=7, as_of=day(7)))
+    short = read_out_files(*files, settings(estimand=estimand, start=day(0), days=days, as_of=day(days)))
+    for metric in ("breadth", "depth"):
+        look = [found for found in whole.novelty if found.metric == metric][days - 1]
+        (same,) = (found for found in short.comparisons if found.metric == metric)
+        assert look.through.lift_pct == pytest.approx(same.lift.lift_pct, rel=1e-12)
+
+
 def test_a_unit_first_exposed_on_day_5_had_two_observable_days(tmp_path: Path) -> None:
     """Days are counted from 0: a week has days 5 and 6 left."""
     exposures, activity = world(2, staggered=False)

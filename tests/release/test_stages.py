@@ -160,6 +160,19 @@ def test_an_open_window_waits_and_the_next_day_closes_it(cycle: Cycle) -> None:
     assert cycle.run(readout.STAGE, **sections).json("readout")["status"] == "closed"
 
 
+def test_a_release_waits_until_every_arm_has_a_unit(cycle: Cycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small platform the first days may bring people of one arm only."""
+    ledger_on(monkeypatch, day(0))
+    model = Model(stage="dpo", key="a" * 32, output="model", sha256="0" * 64)
+    ledger.append(Store(cycle.uri).storage, lambda _: Change("nominate", model, "2026-W45", "x", "x", "gate/x"))
+    sections = {"expose": {"experiments": [{"arms": HALF["arms"]}]}}
+    cycle.run(INGEST, ingest={"days": 8, "units": 1})
+    assert sum(cycle.run(expose.STAGE, **sections).json("report")["release-2026-W45"]["units"].values()) == 1
+    found = cycle.run(readout.STAGE, **sections).json("readout")
+    assert (found["status"], found["comparisons"]) == ("running", {})
+    assert found["problems"][0].startswith("not every arm has a unit")
+
+
 def test_the_stock_pipeline_reads_its_second_week(cycle: Cycle) -> None:
     """The log keeps the release of the week before; each week's readout is of its own release."""
     for week in ("2026-W45", "2026-W46"):
@@ -172,16 +185,24 @@ def test_the_stock_pipeline_reads_its_second_week(cycle: Cycle) -> None:
     assert mine < len(log)
 
 
-def test_p_values_are_adjusted_across_the_versions_read_so_far(cycle: Cycle) -> None:
+def test_p_values_are_adjusted_across_the_versions_read_so_far(cycle: Cycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the releases that tested a candidate: the week of W44 had none, so its numbers are of nothing."""
     sections = {"expose": {"experiments": [{"arms": HALF["arms"]}]}}
+    model = Model(stage="dpo", key="a" * 32, output="model", sha256="0" * 64)
+    storage = Store(cycle.uri).storage
     claims: list[dict[str, Any]] = []
-    for week in ("2026-W45", "2026-W46", "2026-W47"):
+    ledger_on(monkeypatch, day(0))
+    for week in ("2026-W44", "2026-W45", "2026-W46", "2026-W47"):
+        tested = week != "2026-W44"
+        if tested:
+            ledger.append(storage, lambda _, week=week: Change("nominate", model, week, "x", "x", f"gate/{week}"))
         cycle.run(INGEST, week, ingest={"days": 8, "units": 1500})
         cycle.run(expose.STAGE, week, **sections)
         found = cycle.run(readout.STAGE, week, **sections).json("readout")
         mine = found["comparisons"]["test"]
-        claims += [{"experiment": f"release-{week}", "metric": m, "p": mine[m]["p"]} for m in ("breadth", "depth")]
-        assert [{k: c[k] for k in claims[0]} for c in found["versions"]] == claims
+        names = ("breadth", "depth") if tested else ()
+        claims += [{"experiment": f"release-{week}", "metric": name, "p": mine[name]["p"]} for name in names]
+        assert [{k: c[k] for k in ("experiment", "metric", "p")} for c in found["versions"]] == claims
     p = [c["p"] for c in claims]
     assert [c["p_holm"] for c in found["versions"]] == holm(p)
     assert [c["p_bh"] for c in found["versions"]] == pytest.approx(stats.false_discovery_control(p))
