@@ -1,4 +1,5 @@
-"""The pictures of the README: `make demo`, then `make up` in one terminal and this in another (needs Chromium)."""
+"""The pictures of the README: `make demo`, then `make up` in one terminal, the same week once more from the form, and
+this in another terminal (needs Chromium)."""
 
 from __future__ import annotations
 
