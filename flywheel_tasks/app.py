@@ -13,7 +13,7 @@ from flywheel_tasks import config_cli, pipeline, services_cli, store_cli
 from flywheel_tasks.annotation import commands as annotation_commands
 from flywheel_tasks.core import ids, receipts
 from flywheel_tasks.core.commands import AsJson, configured, print_json, told
-from flywheel_tasks.core.config import FlywheelConfig
+from flywheel_tasks.core.config import FlywheelConfig, home
 from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.core.stage import Stage
 from flywheel_tasks.core.store import Artifact, Store
@@ -157,6 +157,10 @@ def _run_stage(stage: Stage, cycle: str, config: FlywheelConfig, given: dict[str
     from flywheel_tasks.core.runner import run_stage
 
     started, store, cycle = time.monotonic(), Store(config.store.uri), ids.cycle_id(cycle)
+    if store.uri.startswith(f"file://{home().absolute()}/"):
+        from flywheel_tasks.services import state_dir
+
+        state_dir()  # readable by its owner only: chats are in the store before they are scrubbed
     _say(f"── {stage.name} · {cycle} · {stage.paper}")
     result = run_stage(stage, cycle, for_stage(config, stage.name, store, cycle), store, given)
     if stage.name in ("promote", "readout"):

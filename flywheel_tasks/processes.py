@@ -86,7 +86,7 @@ def stop(processes: Iterable[psutil.Process], grace: float) -> None:
 def stop_everything_below(grace: float) -> None:
     """Stop all descendants of this process, and those that they leave behind while they go."""
     for seconds in (grace, 0.5, 0.5):
-        stop([p for p in descendants([psutil.Process()]) if p.status() != psutil.STATUS_ZOMBIE], seconds)
+        stop([process for process in descendants([psutil.Process()]) if _alive(process)], seconds)
     reap_orphans()
 
 
@@ -95,6 +95,13 @@ def tail(log: Path, lines: int = 20) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 16_384))
         return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:

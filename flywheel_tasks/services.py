@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from subprocess import STDOUT, Popen, run
+from typing import IO
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
@@ -64,6 +65,9 @@ def state_dir() -> Path:
     """The machine's local state, readable by its owner only."""
     folder = home().absolute()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if found.st_uid == os.getuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        folder.chmod(0o700)
     return folder
 
 
@@ -98,10 +102,8 @@ def running(say: Callable[[str], None], *, whole: bool = True) -> Iterator[tuple
     """
     os.umask(0o077)
     with open(state_dir() / "services.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield _joined(say), lambda: None
+        if endpoints := _joined(say, lock):
+            yield endpoints, lambda: None
             return
         yield from _started(say, whole)
 
@@ -232,18 +234,24 @@ def _airflow_part(name: str, flags: tuple[str, ...], env: Mapping[str, str]) -> 
     return Service(name, (sys.executable, "-m", "airflow", name, *flags), env)
 
 
-def _joined(say: Callable[[str], None]) -> Endpoints:
+def _joined(say: Callable[[str], None], lock: IO[str]) -> Endpoints | None:
+    """The services of the process that holds the lock, once they are up; None where the lock is ours, at once or since
+    that process ended."""
     file = state_dir() / "services.json"
     deadline = time.monotonic() + START_SECONDS
-    while not file.exists():
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+        if file.exists():
+            endpoints = Endpoints(**json.loads(file.read_text()))
+            say(f"Already running (process {endpoints.pid}).")
+            return endpoints
         if time.monotonic() > deadline:
             raise FlywheelError(
                 f"another process holds {file.with_name('services.lock')} but its services never came up"
             )
         time.sleep(0.5)
-    endpoints = Endpoints(**json.loads(file.read_text()))
-    say(f"Already running (process {endpoints.pid}).")
-    return endpoints
 
 
 def _started(say: Callable[[str], None], whole: bool) -> Iterator[tuple[Endpoints, Callable[[], None]]]:
@@ -290,7 +298,9 @@ def _started(say: Callable[[str], None], whole: bool) -> Iterator[tuple[Endpoint
             _wait_until("MLflow", lambda: bool(_get(f"{endpoints.mlflow}/health")), check, logs)
         if whole:
             start(triggerer_service(airflow[0].env))
-        file.write_text(json.dumps(asdict(endpoints)))
+        fresh = file.with_suffix(".new")
+        fresh.write_text(json.dumps(asdict(endpoints)))
+        os.replace(fresh, file)
         yield endpoints, check
     finally:
         # The stop is bounded, so a second Ctrl-C may not cut it short and leave processes behind.

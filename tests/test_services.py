@@ -135,6 +135,41 @@ def test_adopted_orphans_are_reaped_and_nobody_elses_child_is():
     assert done.stdout.split() == ["True", "3"], done.stderr
 
 
+def test_a_folder_that_others_could_read_is_closed(home: Path):
+    (home).mkdir(mode=0o755)
+    home.chmod(0o755)
+    services.state_dir()
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+HOLDS = """
+import fcntl, sys, time
+from flywheel_tasks.services import state_dir
+with open(state_dir() / "services.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    print("held", flush=True)
+    time.sleep(1)
+"""
+
+
+def test_who_waits_for_services_that_are_stopping_starts_its_own(home: Path):
+    """Ctrl-C and `make up` again: the first has taken its address away and holds the lock for some seconds more."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS], stdout=subprocess.PIPE)
+    assert holder.stdout
+    assert holder.stdout.readline() == b"held\n"
+    with open(home / "services.lock", "w") as lock:
+        assert services._joined(print, lock) is None
+    assert holder.wait() == 0
+
+
+def test_a_process_that_ends_while_it_is_stopped_is_no_error(monkeypatch: pytest.MonkeyPatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(ended.pid)
+    ended.wait()
+    monkeypatch.setattr(processes, "descendants", lambda roots: [process])
+    processes.stop_everything_below(0.1)
+
+
 def test_a_dead_service_stops_the_rest_and_shows_its_log(home: Path):
     done = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

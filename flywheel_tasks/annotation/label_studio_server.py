@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -48,10 +49,10 @@ class Server:
             "enable_empty_annotation": False,
             "show_collab_predictions": False,
         }
-        return int(self.call("POST", "/api/projects/", body)["id"])
+        return self._number(self.call("POST", "/api/projects/", body), "id")
 
     def add_tasks(self, project: int, rows: list[dict[str, Any]]) -> int:
-        return int(self.call("POST", f"/api/projects/{project}/import", rows)["task_count"])
+        return self._number(self.call("POST", f"/api/projects/{project}/import", rows), "task_count")
 
     def export(self, project: int) -> bytes:
         """Every task with its annotations, as a `.json` delivery holds them."""
@@ -74,9 +75,22 @@ class Server:
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
             raise FlywheelError(f"Label Studio refused {method} {path} ({error.code}): {said}") from error
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise FlywheelError(f"Label Studio at {self.url} does not answer: {error}: is it running?") from error
-        return json.loads(content) if content else None
+        try:
+            return json.loads(content) if content else None
+        except ValueError as error:
+            raise self._odd(f"{method} {path} with what is no JSON") from error
+
+    def _number(self, answer: Any, name: str) -> int:
+        if not isinstance(answer, dict) or not isinstance(answer.get(name), int):
+            raise self._odd(f"without '{name}'")
+        return int(answer[name])
+
+    def _odd(self, how: str) -> FlywheelError:
+        return FlywheelError(
+            f"{self.url} answered {how}: give Label Studio's own address (https if it redirects, no login page)"
+        )
 
 
 def push(

@@ -32,7 +32,9 @@ Operational: dict[str, Any] = {"identity": False}
 class Section(BaseModel):
     """Base of every section of the configuration, those inside a stage's own too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

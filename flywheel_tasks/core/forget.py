@@ -50,8 +50,8 @@ def _forget(store: Store, user: str, now: datetime.datetime, alone: lease.Lease)
         if rows:
             purged["/".join(holders[-1])] = rows
     retrain = _mark_models(store, holders, user, now)
-    strays = _remove_strays(store, alone)
     partial.clear_outdated(store.storage)
+    strays = _remove_strays(store, alone)
     removed, unfinished = _abandoned(store, now)
     unfinished = sorted(ignorant | set(unfinished))
     left = {a.uri: rows for a in store.artifacts() if (rows := _remaining(a, user))}
@@ -84,6 +84,8 @@ def _under_way(store: Store) -> dict[str, dict[str, Any]]:
     found = {}
     for info in store.storage.list(ATTEMPTS):
         path = store.storage.relative(info)
+        if not ids.is_legal(ids.relative_path, path, ATTEMPTS):
+            continue  # what a file system left there is no sign
         data = store.storage.read(path)
         if says := lease.read(data):
             found[f"{artifact_folder(says['stage'], says['key'])}/{says['attempt']}"] = says
@@ -101,9 +103,9 @@ def _purge(store: Store, artifact: Artifact, user: str, now: datetime.datetime) 
         files = list(output.files)
         if output.contract in schemas.USER_COLUMNS:
             for index, file in enumerate(files):
-                kept, rows = _without(artifact, output, file, user)
-                if rows:
-                    files[index] = _rewrite(store, record, attempt, name, output.contract, index, kept)
+                if rows := _rows_of(artifact, output, file, user):
+                    spec = tables.PartSpec(store.uri, record.folder, attempt, name, output.contract)
+                    files[index] = _rewrite(artifact, spec, index, file, user)
                     gone += rows
         outputs[name] = output.model_copy(update={"files": tuple(files)})
     if gone:
@@ -132,24 +134,25 @@ def _switch(store: Store, before: Manifest, after: Manifest) -> None:
         raise FlywheelError(f"{min(lost)} was removed by another forget meanwhile: run it again")
 
 
-def _without(artifact: Artifact, output: OutputRecord, file: FileRecord, user: str) -> tuple[pa.Table, int]:
-    """The file's rows of everybody else, and how many rows are the user's."""
+def _rows_of(artifact: Artifact, output: OutputRecord, file: FileRecord, user: str) -> int:
+    """How many rows of the file are the user's. Here as in `_rewrite` a batch is held at a time, never the file."""
     tables.verify(artifact.storage, artifact.manifest.folder, file)
     path, column = f"{artifact.manifest.folder}/{file.path}", schemas.USER_COLUMNS[output.contract]
     with artifact.storage.open(path) as stream:
-        theirs = pc.fill_null(pc.equal(pq.read_table(stream, columns=[column])[column], user), False)
-    found = int(pc.sum(theirs).as_py() or 0)
-    if not found:
-        return schemas.get(output.contract).empty_table(), 0
-    with artifact.storage.open(path) as stream:
-        return pq.read_table(stream).filter(pc.invert(theirs)), found
+        batches = pq.ParquetFile(stream).iter_batches(columns=[column])
+        return sum(int(pc.sum(_is(batch.column(0), user)).as_py() or 0) for batch in batches)
 
 
-def _rewrite(
-    store: Store, record: Manifest, attempt: str, name: str, contract: str, index: int, kept: pa.Table
-) -> FileRecord:
-    spec = tables.PartSpec(store.uri, record.folder, attempt, name, contract)
-    return tables.write_part(spec, index, [kept])
+def _rewrite(artifact: Artifact, spec: tables.PartSpec, index: int, file: FileRecord, user: str) -> FileRecord:
+    """The file again, with the rows of everybody else."""
+    column = schemas.USER_COLUMNS[spec.contract]
+    with artifact.storage.open(f"{artifact.manifest.folder}/{file.path}") as stream:
+        whole = (pa.Table.from_batches([batch]) for batch in pq.ParquetFile(stream).iter_batches())
+        return tables.write_part(spec, index, (part.filter(pc.invert(_is(part[column], user))) for part in whole))
+
+
+def _is(users: pa.Array | pa.ChunkedArray, user: str) -> pa.Array | pa.ChunkedArray:
+    return pc.fill_null(pc.equal(users, user), False)
 
 
 def _mark_models(store: Store, holders: list[lineage.Address], user: str, now: datetime.datetime) -> list[str]:
@@ -197,7 +200,8 @@ def _remove_strays(store: Store, alone: lease.Lease) -> list[str]:
         record = artifact.manifest
         found = store.storage.list(record.folder, recursive=True)
         files = {store.storage.relative(info) for info in found if info.type == pafs.FileType.File}
-        strays = sorted(files - record.paths - {record.path})
+        ours = {path for path in files if ids.is_legal(ids.relative_path, path, "")}  # not what a file system leaves
+        strays = sorted(ours - record.paths - {record.path})
         if strays:
             alone.check()  # to another purge they may be files that its next manifest names
         for path in strays:
@@ -220,5 +224,5 @@ def _remaining(artifact: Artifact, user: str) -> int:
     for output in artifact.manifest.outputs.values():
         if output.contract in schemas.USER_COLUMNS:
             for file in output.files:
-                count += _without(artifact, output, file, user)[1]
+                count += _rows_of(artifact, output, file, user)
     return count

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from flywheel_tasks.core import schemas
 
@@ -19,6 +21,12 @@ def quarantined(rows: pa.Table, id_column: str, reason: str | Sequence[str]) -> 
     names, nothing = rows[id_column].cast(pa.string()), pa.nulls(rows.num_rows, pa.string())
     users = rows["user"] if "user" in rows.column_names else nothing
     return pa.table([names, pa.array(reasons, pa.string()), names, users, nothing], schema=schemas.QUARANTINE)
+
+
+def theirs(users: pa.ChunkedArray, forgotten: Iterable[str]) -> NDArray[np.bool_]:
+    """Which rows are of users who asked to be forgotten."""
+    named = pc.is_in(users, pa.array(sorted(forgotten), pa.string()))
+    return np.asarray(pc.fill_null(named, False).to_numpy(), bool)
 
 
 def of_others(rows: pa.Table, forgotten: Iterable[str]) -> pa.Table:

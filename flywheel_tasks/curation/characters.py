@@ -42,8 +42,11 @@ def read_characters(sources: Sequence[SourceRecord]) -> pa.Table:
 
 def _cards(source: SourceRecord) -> list[tuple[str, dict[str, Any]]]:
     if source.name.endswith(".parquet"):
-        with open_external(source.uri) as stream:
-            table = schemas.conform(pq.read_table(stream), schemas.CHARACTER, source.name)
+        try:
+            with open_external(source.uri) as stream:
+                table = schemas.conform(pq.read_table(stream), schemas.CHARACTER, source.name)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{source.name}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
         return [(f"{source.name}:{number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
     if not source.name.endswith(".jsonl"):
         raise InputError(f"{source.name}: character cards are .jsonl or .parquet files")
@@ -56,6 +59,6 @@ def _cards(source: SourceRecord) -> list[tuple[str, dict[str, Any]]]:
             where = f"{source.name}:{number}"
             try:
                 found.append((where, msgspec.structs.asdict(decoder.decode(line))))
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise InputError(f"{where}: not a character card: {error}") from error
     return found

@@ -1,10 +1,12 @@
 """Constraint-based adjustment: hard bounds and distribution targets over the curated prompts (Sec. 2.2.1 Phase III,
 Table 1)."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
@@ -12,6 +14,7 @@ from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig, StageConfig, model_of
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.quarantine import FORGOTTEN, theirs
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.curation.scoring import ScoringConfig
 
@@ -95,7 +98,9 @@ def run(inputs: Inputs, config: ConstrainConfig, out: Output) -> None:
     table = _with(table, scores)
     dimensions, absent = _dimensions(table, artifact.json(name).get("traffic", {}), config)
     chosen = select.select(table, [d for d in dimensions if config.weight(d.name) > 0], config, out.seed)
-    _write(source, scores, chosen, out)
+    forgotten = theirs(source.read(["user"])["user"], inputs.forgotten)
+    chosen = replace(chosen, rows=chosen.rows & ~forgotten)
+    _write(source, scores, chosen, forgotten, out)
     report = _report(table, dimensions, absent, chosen, config)
     out.json("report", report | {"scored": table.num_rows - table["difficulty"].null_count})
     out.account("prompt", rows_in=table.num_rows, rows_out=int(chosen.rows.sum()))
@@ -140,7 +145,9 @@ def _dimensions(
     ], absent
 
 
-def _write(source: Any, scores: pa.Table | None, chosen: "Selection", out: Output) -> None:
+def _write(
+    source: Any, scores: pa.Table | None, chosen: "Selection", forgotten: NDArray[np.bool_], out: Output
+) -> None:
     at = 0
     with out.table("prompts") as writer:
         for batch in source.batches():
@@ -149,14 +156,16 @@ def _write(source: Any, scores: pa.Table | None, chosen: "Selection", out: Outpu
             measured = None if scores is None else scores.slice(rows.start, batch.num_rows)
             table = _with(pa.Table.from_batches([batch]), measured)
             writer.write(table.filter(pa.array(chosen.rows[rows])))
-            gone = table.filter(pa.array(~chosen.rows[rows]))
-            reason = np.where(chosen.at_cap[rows][~chosen.rows[rows]], "character_cap", "rebalanced")
+            left = ~chosen.rows[rows]
+            gone, nobody = table.filter(pa.array(left)), forgotten[rows][left]
+            reason = np.where(chosen.at_cap[rows][left], "character_cap", "rebalanced")
+            reason = np.where(nobody, FORGOTTEN, reason)
             out.reject(pa.table(
                 {
                     "row_id": gone["prompt_id"],
                     "reason": pa.array(reason.tolist(), pa.string()),
                     "where": pa.array(["diversify.prompts"] * gone.num_rows, pa.string()),
-                    "user": gone["user"],
+                    "user": pc.if_else(pa.array(nobody), pa.scalar(None, pa.string()), gone["user"]),
                     "raw": pa.nulls(gone.num_rows, pa.string()),
                 },
                 schema=schemas.QUARANTINE,

@@ -17,6 +17,7 @@ from pydantic import Field
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import Operational, StageConfig
 from flywheel_tasks.core.output import Output
+from flywheel_tasks.core.quarantine import FORGOTTEN, theirs
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from flywheel_tasks.curation.prune import Farthest
 
 DIMENSIONS = ("first_turn", "locale", "language", "jtbd", "depth")
-REASONS = ("no_user_turn", "no_embedding", "repeated_text", "near_duplicate", "over_proportion")
+REASONS = ("no_user_turn", "no_embedding", "repeated_text", "near_duplicate", "over_proportion", FORGOTTEN)
 _COVERAGE_ROWS = 50_000
 
 
@@ -91,6 +92,7 @@ def run(inputs: Inputs, config: DiversifyConfig, out: Output) -> None:
         found = prune.redundancies(prompts.vectors, order, config.block_rows, out.seed)
         kept = prune.keep(found.redundancy, order, copies, config.proportion)
         fate = _fates(prompts, kept, found)
+        fate[theirs(source.read(["user"])["user"], inputs.forgotten)] = REASONS.index(FORGOTTEN)
         traffic = _write(source.batches(), prompts, fate, found, job, jobs, out)
         report = _report(prompts, found, kept, copies, fate, config, out.seed)
         report["examples"] = _examples(prompts, found, kept, config.examples)
@@ -164,13 +166,14 @@ def _quarantine(
     table: pa.Table, gone: NDArray[np.int64], why: NDArray[np.int8], near: NDArray[np.int64], ids: pa.ChunkedArray
 ) -> pa.Table:
     rows = table.take(pa.array(gone))
-    close = pc.fill_null(ids.take(pa.array(near, mask=(why < 2) | (near < 0))), "none")
+    nobody = why == REASONS.index(FORGOTTEN)
+    close = pc.fill_null(ids.take(pa.array(near, mask=(why < 2) | (near < 0) | nobody)), "none")
     return pa.table(
         {
             "row_id": rows["prompt_id"],
             "reason": pa.array(np.array(REASONS, dtype=object)[why], pa.string()),
             "where": pc.binary_join_element_wise("filter.prompts, nearest", close, " "),
-            "user": rows["user"],
+            "user": pc.if_else(pa.array(nobody), pa.scalar(None, pa.string()), rows["user"]),
             "raw": pa.nulls(len(gone), pa.string()),
         },
         schema=schemas.QUARANTINE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -59,6 +59,7 @@ _LABELS = (
 )
 """What travels unscrubbed into prompts, reports and exposures: it must have no room for an identifier."""
 _REQUIRED = (("message", "role"), ("message", "content"), ("reaction", "reaction"), ("feedback", "content"))
+NOT_UTF8 = "not UTF-8"
 
 
 def parse_lines(block: bytes) -> tuple[pa.Table, np.ndarray, list[tuple[int, str, bytes]]]:
@@ -82,10 +83,22 @@ def parse_lines(block: bytes) -> tuple[pa.Table, np.ndarray, list[tuple[int, str
 def parse_table(table: pa.Table) -> tuple[pa.Table, np.ndarray, list[tuple[int, str, bytes]]]:
     """The same for a batch of a Parquet log; a row counts as a line."""
     names = [name for name in EVENT.names if name in table.schema.names]
-    rows = _plain(table.select(names)).to_pylist()
-    lines = [msgspec.json.encode({k: v for k, v in row.items() if v is not None}) for row in rows]
-    events, numbers, refused = _parse_each(lines, range(len(lines)))
+    rows = _rows(_plain(table.select(names)))
+    lines = [msgspec.json.encode({k: v for k, v in (row or {}).items() if v is not None}) for row in rows]
+    events, numbers, refused = _parse_each(lines, [number for number, row in enumerate(rows) if row is not None])
+    refused += [(number, NOT_UTF8, b"") for number, row in enumerate(rows) if row is None]
     return _check(_columns(events), np.asarray(numbers, np.int64), lines, refused)
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any] | None]:
+    """The rows, with None for one whose text is no UTF-8."""
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError:
+        if table.num_rows == 1:
+            return [None]
+        half = table.num_rows // 2
+        return _rows(table.slice(0, half)) + _rows(table.slice(half))
 
 
 def _plain(table: pa.Table) -> pa.Table:
@@ -124,7 +137,7 @@ def _reason(error: Exception) -> str:
     """A reason that can be counted: which field, which fault, never the value."""
     text = str(error)
     if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8"
+        return NOT_UTF8
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if not isinstance(error, msgspec.ValidationError):

@@ -99,14 +99,16 @@ def _is_hidden_host(sign: str, host: str) -> bool:
 _URL = re.compile(r"(?<![\w@])(?:[a-z][a-z+]{1,9}://[^\s<>\"'`]++|www\.[^\s<>\"'`]++)", re.I)
 _TLD: Final = (
     "com|net|org|edu|gov|io|app|dev|info|biz|xyz|online|site|tech|gg|tv|ly|be|me|co\\.uk|co\\.in|com\\.br|"
-    "de|fr|es|it|nl|ru|in|eu|ai"
+    "de|fr|es|it|nl|ru|in|eu|ai|ee|gl|carrd\\.co|co"
 )
 _DOMAIN = re.compile(
     r"(?<![\w@./:-])(?<!%(?=40))(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)(?:[a-z0-9-]{1,63}\.){0,3}?"
     rf"(?P<tld>{_TLD})(?P<path>/[^\s<>\"'`]*+)?(?![\w@-]|\.\w)",
     re.I,
 )
-_OPEN_TLD = frozenset(("com", "net", "org", "edu", "gov", "io", "info", "biz", "xyz", "co.uk", "co.in", "com.br"))
+_OPEN_TLD = frozenset(
+    ("com", "net", "org", "edu", "gov", "io", "info", "biz", "xyz", "co.uk", "co.in", "com.br", "carrd.co")
+)
 _SECRET = re.compile(
     r"[?&;#/](?:[\w-]*(?:token|secret|passw|pwd|auth|session|sess_?id|api_?key|signature|credential|otp|invite|reset)[\w-]*+"
     r"|key|sig|code|sid)[=/][^&\s]{4,}"
@@ -267,7 +269,7 @@ STREET_SUFFIX: Final = (
 STREET_UNIT: Final = r"(?:apt|apartment|suite|ste|flat|unit|po\s?box|p\.o\.\s?box|box|psc|floor)"
 _STREET = re.compile(
     rf"(?<![\w.])\d{{1,6}}[a-z]?,?(?P<name>(?:\s++[^\W\d_][\w'\u2019.-]{{0,30}}){{1,4}}?)\s++(?P<suffix>{STREET_SUFFIX})\b\.?"
-    rf"(?:,?\s++{STREET_UNIT}\.?\s*+#?\d{{1,6}}[a-z]?\b)?",
+    rf"(?:,?\s++{STREET_UNIT}\.?\s*+(?:no\.?\s*+)?#?\d{{1,6}}[a-z]?\b)?",
     re.I,
 )
 _STREET_LAST = re.compile(
@@ -287,7 +289,7 @@ _GERMAN = re.compile(
     r"(?<!\w)(?:[A-ZÀ-Þ][\w'\u2019.-]{0,30}\s++){1,3}(?:[Ss]tr\.|[Ss]tra(?:ß|ss)e|Weg|Platz|Allee|Gasse|Ufer|Damm)"
     r"\s*+\d{1,4}\s?[a-z]?\b"
 )
-_UNIT_ALONE = re.compile(rf"(?<!\w){STREET_UNIT}\.?\s*+(?:#\s?)?\d{{1,6}}[a-z]?\b", re.I)
+_UNIT_ALONE = re.compile(rf"(?<!\w){STREET_UNIT}\.?\s*+(?:no\.?\s*+)?(?:#\s?)?\d{{1,6}}[a-z]?\b", re.I)
 _NOT_STREET = re.compile(
     r"the|an?|of|in|on|to|and|or|at|for|from|with|is|was|per|more|other|min(?:utes?)?|hours?|days?|weeks?|months?|years?|miles?|km"
     r"|kilometers?|meters?|feet|foot|times?|mpg|mph|old|long|short|way|st|th|nd|rd|percent|people"

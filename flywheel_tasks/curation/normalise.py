@@ -84,7 +84,7 @@ def fold(text: str) -> Folded:
 
 
 def changed_characters() -> str:
-    """An RE2 class of the characters that folding removes, or turns into an ASCII letter, digit or mark.
+    """An RE2 class of the characters that folding removes, or turns into an ASCII letter, digit, mark or blank.
 
     The emoji variation selector is left out: it stands in every other emoji and hides nothing beside one.
     """
@@ -92,7 +92,7 @@ def changed_characters() -> str:
     for low, high in _RANGES:
         for code in range(max(low, 0x80), high):
             folded = _fold_character(chr(code))
-            hides = folded != chr(code) and code != 0xFE0F and (not folded or any("!" <= c <= "~" for c in folded))
+            hides = folded != chr(code) and code != 0xFE0F and (not folded or any(" " <= c <= "~" for c in folded))
             if hides and ranges and ranges[-1][1] == code - 1:
                 ranges[-1][1] = code
             elif hides:

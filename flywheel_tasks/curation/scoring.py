@@ -45,7 +45,9 @@ def scored(
 
     ids = prompts.read(["prompt_id"])
     chosen, _ = at_most(ids, config.prompts, out.seed)
-    wanted = prompts.read(_GENERATED_FROM).filter(pc.is_in(ids["prompt_id"], chosen["prompt_id"].combine_chunks()))
+    of = chosen["prompt_id"].combine_chunks()
+    batches = (pa.Table.from_batches([batch]) for batch in prompts.batches(_GENERATED_FROM))
+    wanted = pa.concat_tables([batch.filter(pc.is_in(batch["prompt_id"], of)) for batch in batches])
     parts = list(_rewards(wanted, characters, policy, reward, config, out))
     found = difficulty.by_prompt(
         pa.chunked_array([ids for ids, _ in parts], pa.string()),

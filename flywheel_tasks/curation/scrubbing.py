@@ -170,7 +170,8 @@ def _quarantine(table: pa.Table, reason: npt.NDArray[np.object_], part: str, fir
     places = pa.array([f"{part}:{first_row + row}" for row in rows.tolist()], pa.string())
     reasons = pa.array(reason[rows], pa.string())
     raw = pa.nulls(len(rows), pa.string())
-    return pa.table([out["conversation_id"], reasons, places, out["user"], raw], schema=schemas.QUARANTINE)
+    users = pc.if_else(pc.equal(reasons, FORGOTTEN), pa.scalar(None, pa.string()), out["user"])
+    return pa.table([out["conversation_id"], reasons, places, users, raw], schema=schemas.QUARANTINE)
 
 
 def _count_rows(table: pa.Table, reason: npt.NDArray[np.object_]) -> Counter[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from flywheel_tasks.annotation.annotate_export import ExportConfig
 from flywheel_tasks.annotation.contract import Question, Review
 from flywheel_tasks.annotation.label_studio_server import Server, push
 from flywheel_tasks.core import schemas
+from flywheel_tasks.core.errors import FlywheelError
 from tests.annotation import worlds
 
 CALL = '{"arguments": {"prompt": "a gull"}, "name": "image"}'
@@ -139,6 +140,31 @@ def test_a_pushed_task_says_which_server_it_was_put_on(world: worlds.World) -> N
     assert len(pushed) == len(world.tasks())
     assert {row["data"][label_studio.SERVER] for row in pushed} == {where}
     assert Server("https://me:secret@labels.one.example/studio", "token").name == "labels.one.example"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"<html>log in</html>", "what is no JSON"), (b"[]", "without 'id'"), (b'{"id": null}', "without 'id'")],
+)
+def test_a_server_that_is_no_label_studio_is_one_line(content: bytes, says: str) -> None:
+    """A login page, or a redirect that made a POST a GET."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        server = Server(f"http://127.0.0.1:{http.server_port}", "token")
+        with pytest.raises(FlywheelError, match=says) as caught:
+            server.create_project("t", "<View/>", 1)
+        http.shutdown()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FlywheelError, match="does not answer"):
+        Server("http://127.0.0.1:99999999", "token").create_project("t", "<View/>", 1)
 
 
 @pytest.mark.parametrize(

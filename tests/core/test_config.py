@@ -138,6 +138,12 @@ def test_what_a_mapping_takes_from_another_may_be_said_anew(tmp_path: Path) -> N
     assert (loaded.rate, loaded.words) == (0.75, ("a",))
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_a_number_that_is_none_is_refused_with_its_key(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"timeout_s.*finite"):
+        pipeline.load_config("demo", overrides=[f"filter.privacy.timeout_s={value}"])
+
+
 def test_a_threshold_is_never_yes() -> None:
     for key in ("gate.win_rate.block", "gate.win_rate.hold", "gate.unsafe.worse", "gate.unsafe.doubt"):
         with pytest.raises(ConfigError, match=f"'{key.rpartition('.')[2]}' is a number, not true"):

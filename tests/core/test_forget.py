@@ -162,3 +162,38 @@ def test_a_run_that_began_before_a_user_was_forgotten_cannot_bring_them_back(sto
     with pytest.raises(FlywheelError, match="a user was forgotten while it ran"):
         run_stage(replace(FIRST, run=slow), "2026-W48", config, store)
     assert store.pointed("2026-W48", "drill-first") is None
+
+
+def test_what_a_file_system_leaves_in_the_store_stops_nobodys_purge(store: Store, user_key: bytes) -> None:
+    """A Mac's .DS_Store beside an artifact, an NFS client's .nfs file among the signs of attempts."""
+    artifact = store.pointed(CYCLE, "drill-first")
+    assert artifact is not None
+    root = Path(store.storage.root)
+    (root / artifact.manifest.folder / ".DS_Store").write_bytes(b"x")
+    (root / "attempts").mkdir(exist_ok=True)
+    (root / "attempts" / ".nfs0001").write_bytes(b"x")
+    report = forget(store, "ann", user_key)
+    assert (list(report["purged"].values()), report["clean"]) == ([3], True)
+
+
+def test_a_large_file_is_purged_a_batch_at_a_time(store: Store, user_key: bytes, tmp_path: Path) -> None:
+    """What is left is what was there, in its order, over many batches."""
+    import datetime
+
+    day = datetime.date(2026, 11, 16)
+    rows = [{"unit_id": of(USERS[n % 3], user_key), "day": day, "sends": n} for n in range(200_000)]
+
+    def collect(inputs: Inputs, config: object, out: Output) -> None:
+        with out.table("activity") as writer:
+            writer.write(pa.Table.from_pylist(rows, schemas.ACTIVITY))
+        out.account("row", rows_in=len(rows), rows_out=len(rows))
+
+    config = config_for(store.uri)
+    config = config.model_copy(
+        update={"tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/m.db"})}
+    )
+    run_stage(replace(FIRST, run=collect, outputs={"activity": "activity"}, uses_cycle=True), "2026-W48", config, store)
+    forget(store, "bob", user_key)
+    artifact = store.pointed("2026-W48", "drill-first")
+    assert artifact is not None
+    assert artifact.table("activity").read()["sends"].to_pylist() == [n for n in range(200_000) if n % 3 != 1]

@@ -56,8 +56,9 @@ def run(
     given: Mapping[str, tuple[Artifact, str]],
     key: str = "2" * 32,
     seed: int = 17,
+    forgotten: frozenset[str] = frozenset(),
 ) -> Artifact:
-    inputs = Inputs(given, {})
+    inputs = Inputs(given, {}, forgotten)
     return commit(store, stage.name, stage.outputs, lambda out: stage.run(inputs, config, out), key, seed)
 
 

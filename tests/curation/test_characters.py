@@ -57,6 +57,15 @@ def test_a_bad_card_stops_the_stage_and_is_named(tmp_path: Path, line: str, says
     assert "cards.jsonl:2" in str(caught.value)
 
 
+def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(CARD | {"name": "José"}, ensure_ascii=False).encode("latin-1"))
+    (tmp_path / "cards.parquet").write_bytes(b"not Parquet at all")
+    with pytest.raises(InputError, match=r"latin.jsonl:1: not a character card"):
+        read_characters([source(tmp_path / "latin.jsonl")])
+    with pytest.raises(InputError, match=r"cards.parquet: not a readable Parquet file"):
+        read_characters([source(tmp_path / "cards.parquet")])
+
+
 def test_two_files_may_not_both_have_a_character(tmp_path: Path) -> None:
     files = [written(tmp_path, json.dumps(CARD), name=f"{n}.jsonl") for n in "ab"]
     with pytest.raises(InputError, match=r"b\.jsonl:1: character 'maya'"):

@@ -261,3 +261,24 @@ def test_the_choice_depends_on_the_rows_and_the_seed_only(tmp_path):
 def test_a_configuration_that_makes_no_sense_is_refused(wrong):
     with pytest.raises((ValidationError, ConfigError)):
         ConstrainConfig(**wrong)
+
+
+def test_who_was_forgotten_since_the_rows_were_written_does_not_come_through(tmp_path: Any) -> None:
+    store, gone = Store(str(tmp_path)), "f" * 32
+    rows = candidates(400, 60)
+    for row in rows[::40]:
+        row |= {"user": gone, "turns": [{"role": "user", "content": "the words of somebody who is forgotten"}]}
+
+    def fill(out: Output) -> None:
+        with out.table("prompts") as writer:
+            writer.write(curation_runs.prompts(rows))
+        out.json("report", {"traffic": {}})
+        out.account("prompt", rows_in=len(rows), rows_out=len(rows))
+
+    made = curation_runs.commit(store, "diversify", {"prompts": "prompt", "report": "json"}, fill, "1" * 32)
+    given = {"prompts": (made, "prompts"), "report": (made, "report")}
+    found = curation_runs.run(STAGE, store, ConstrainConfig(), given, forgotten=frozenset({gone}))
+    assert gone not in found.table("prompts").read(["user"])["user"].to_pylist()
+    refused = found.table("quarantine").read().to_pylist()
+    assert [row["user"] for row in refused if row["reason"] == "forgotten"] == [None] * 10
+    assert gone not in {row["user"] for row in refused}

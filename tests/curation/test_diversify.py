@@ -159,3 +159,17 @@ def test_workers_give_what_one_process_gives(tmp_path, dialogues, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("flywheel_tasks.compute.session.cpus", lambda: 2)
     assert ids(diversify(tmp_path, parts)) == alone
+
+
+def test_who_was_forgotten_since_the_rows_were_written_does_not_come_through(tmp_path):
+    """`forget` marks a user before it purges: a stage that starts in between reads rows that it may not hand on."""
+    store, gone = Store(str(tmp_path)), "f" * 32
+    rows = said("what about tulips", "how do I bake bread", "tell me of the sea", "where are the mountains")
+    rows[1] |= {"user": gone}
+    made = curation_runs.upstream(store, "filter", [curation_runs.prompts(rows)])
+    given = {"prompts": (made, "prompts")}
+    found = curation_runs.run(STAGE, store, DiversifyConfig(proportion=1), given, forgotten=frozenset({gone}))
+    assert ids(found) == ["p0", "p2", "p3"]
+    (left,) = found.table("quarantine").read().to_pylist()
+    assert (left["row_id"], left["reason"], left["user"]) == ("p1", "forgotten", None)
+    assert gone.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("2222*/**/*") if path.is_file())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from flywheel_tasks.curation.events import parse_lines
+from flywheel_tasks.curation.events import parse_lines, parse_table
 
 
 def line(number: int = 1, **fields: Any) -> str:
@@ -82,3 +83,14 @@ def test_line_numbers_are_those_of_the_file(ending: str) -> None:
     assert table["event_id"].to_pylist() == ["e0", "e1", "e2"]
     assert [json.loads(block.split(b"\n")[n])["event_id"] for n in numbers] == ["e0", "e1", "e2"]
     assert refused == []
+
+
+def test_a_row_of_a_parquet_log_that_is_no_text_is_refused_alone() -> None:
+    rows = [json.loads(line(number)) for number in range(5)]
+    table = pa.Table.from_pylist(rows)
+    contents = [b"fine", b"caf\xe9", b"fine", b"\xff", b"fine"]
+    table = table.set_column(table.schema.get_field_index("content"), "content", pa.array(contents, pa.binary()))
+    events, numbers, refused = parse_table(table)
+    assert numbers.tolist() == [0, 2, 4]
+    assert events["content"].to_pylist() == ["fine"] * 3
+    assert refused == [(1, "not UTF-8", b""), (3, "not UTF-8", b"")]
