@@ -83,9 +83,12 @@ class StageOperator(BaseOperator):
     def due(self, context: Mapping[str, Any]) -> tuple[str, Artifact | None]:
         """What was typed, or the ISO week of the run; for the readout the release to be read, and the ingest it reads:
         the newest, or that of the cycle that was typed."""
-        settled, typed = day_of(context) - timedelta(days=self.settled_days), context["params"]["cycle"]
+        typed = context["params"]["cycle"]
+        if typed and not self.as_of:
+            return typed, None
+        settled = day_of(context) - timedelta(days=self.settled_days)
         if not self.as_of:
-            return typed or cycle_of(settled), None
+            return cycle_of(settled), None
         try:
             config = config_of(context)
             if typed:
