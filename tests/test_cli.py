@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -50,6 +51,14 @@ def test_the_last_line_of_a_run_is_the_manifests_uri(home: Path, uri: str) -> No
     again = flywheel(home, "run", "ingest", "--cycle", CYCLE, "--set", f"ingest.logs={home}/logs/*")
     assert again.stdout.strip() == uri
     assert "already there" in again.stderr
+
+
+def test_a_run_closes_the_folder_that_chats_are_kept_in(home: Path, uri: str) -> None:
+    """A folder that was there before, open to everybody, as `git clean` or a person may leave it."""
+    home.chmod(0o755)
+    done = flywheel(home, "run", "ingest", "--cycle", CYCLE, "--set", f"ingest.logs={home}/logs/*")
+    assert done.stdout.splitlines()[-1] == uri
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
 def test_a_cycle_stops_before_people_judge_when_told_to(home: Path, uri: str) -> None:

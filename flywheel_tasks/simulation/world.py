@@ -31,8 +31,9 @@ CARDS = "characters.jsonl"
 LOGS = "logs"
 TRUTH = "truth.json"
 ENGINE = EngineConfig(context=2048, cache_gib=2.0)
-DOUBTS = ("precision", "reward_model", "safety_ceiling")
-"""Rules of the gate that hold because little was measured."""
+DOUBTS = ("precision", "reward_model", "safety_ceiling", "win_rate")
+"""Rules of the gate that hold because little was measured, or because reward models like the candidate better than is
+usual: so they did V10, V11 and V14, which people liked too (Table 10)."""
 CHANGES = ("false_refusal", "benchmark")
 """Those that hold because something got worse, or because few answers can't rule it out: a measured rise tells."""
 
@@ -132,7 +133,7 @@ def unanswered(exports: Path, deliveries: Path) -> list[str]:
 
 
 def review(rules: Sequence[Mapping[str, Any]]) -> tuple[Literal["Approve", "Reject"], str]:
-    """A reviewer's answer to a HOLD, and why: little evidence is what an A/B test is for, a measured fall is not."""
+    """A reviewer's answer to a HOLD, and why: a doubt is what an A/B test is for, a measured fall is not."""
     held = [rule for rule in rules if rule["verdict"] == "HOLD"]
     worse = [
         rule for rule in held if rule["rule"] not in DOUBTS and not (rule["rule"] in CHANGES and rule["value"] <= 0)
@@ -140,4 +141,4 @@ def review(rules: Sequence[Mapping[str, Any]]) -> tuple[Literal["Approve", "Reje
     if worse:
         return "Reject", f"simulated reviewer: something moved the wrong way: {worse[0]['reason']}"
     named = ", ".join(sorted({str(rule["rule"]) for rule in held}))
-    return "Approve", f"simulated reviewer: held only for want of evidence ({named}): let the A/B test decide"
+    return "Approve", f"simulated reviewer: nothing got worse, but there is doubt ({named}): let the A/B test decide"

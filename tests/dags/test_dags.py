@@ -203,6 +203,18 @@ def test_a_daily_run_reads_the_open_release_with_the_newest_ingest(
         assert "--input" not in arguments
 
 
+def test_a_typed_cycle_trusts_no_day_that_its_ingest_saw_in_part(monkeypatch: pytest.MonkeyPatch):
+    """An old week read again today: its ingest ended on a Monday morning, whatever day it is now."""
+    monday = datetime.datetime(2026, 11, 16, 6, tzinfo=datetime.UTC)
+    ingest = SimpleNamespace(uri="file:///s/manifest.json", manifest=SimpleNamespace(started=monday))
+    known = {("2026-W46", "ingest"): ingest}
+    monkeypatch.setattr("launch.Store.pointed", lambda store, cycle, stage: known.get((cycle, stage)))
+    for cycle, complete in (("2026-W46", "2026-11-16"), ("2026-W45", "2026-11-25")):
+        found = launched(monkeypatch, "2026-11-25", cycle=cycle)
+        assert f"readout.as_of={complete}" in found["readout"]
+        assert all((f"ingest={ingest.uri}" in arguments) == (cycle == "2026-W46") for arguments in found.values())
+
+
 def test_a_skipped_stage_is_skipped_before_anything_is_looked_up():
     task = character_flywheel.dag.tasks[0]
     with pytest.raises(AirflowSkipException, match="later stages use"):

@@ -306,6 +306,29 @@ def test_a_task_cancelled_before_it_has_its_job_sends_none(deployed: Head, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_that_outlives_its_deadline_is_ended_on_the_cluster(
+    deployed: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A stage that hears no SIGTERM, and an Airflow that asks for nothing."""
+    program = tmp_path / "bin" / "flywheel"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntrap '' TERM\necho $$ > {tmp_path}/pid\nwhile :; do sleep 0.2; done\n")
+    program.chmod(0o755)
+    file = Path(os.environ["FLYWHEEL_DEPLOYMENT"])
+    settings = yaml.safe_load(file.read_text())
+    settings["environment"]["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+    file.write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr("launch_ray.deadline", lambda hours: ["timeout", "--kill-after=1", "3"])
+    with pytest.raises(AirflowException, match="failed on the Ray cluster"):
+        execute(spanning(OPEN), context(tmp_path, "late"))
+    pid, until = int((tmp_path / "pid").read_text()), time.monotonic() + 30
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < until, "the stage runs on"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
 def test_the_head_listens_on_loopback_alone(deployed: Head):
     listening: list[str] = []
     for process in deployed.family():

@@ -408,6 +408,14 @@ def test_the_registry_follows_in_a_process_of_its_own_and_writes_nothing_where_i
     assert list(here.iterdir()) == []
 
 
+def test_a_reason_is_printed_and_does_not_command_the_terminal(world: World) -> None:
+    world.promote("HOLD")
+    said = command(world, "answer", "reject", "--cycle", "2026-W47", "--why", "too\x1b[2J long\nby heart")
+    assert said.exit_code == 0, said.output
+    assert said.stdout.splitlines()[-1].endswith(r"too\x1b[2J long\nby heart")
+    assert "\x1b" not in said.output + command(world, "champion").output
+
+
 def test_a_registry_that_is_down_costs_a_warning(world: World) -> None:
     world.promote("HOLD")
     world.tracking = "http://127.0.0.1:9"

@@ -147,6 +147,17 @@ def test_a_broken_split_blocks_the_readout(tmp_path: Path) -> None:
     assert [d.verdict for d in found.decisions] == ["hold"]
 
 
+def test_resized_arms_of_which_no_unit_kept_its_place_are_refused(tmp_path: Path) -> None:
+    """There is nobody left to check the split by, and an unchecked split gives no lift."""
+    exposures, activity = (find(path, "") for path in write(tmp_path, *world(1, staggered=False)))
+    kept = read_out(exposures, activity, settings(), {"test": 120, "control": 110})
+    assert kept.status == "closed", kept.problems
+    found = read_out(exposures, activity, settings(), {"test": 0, "control": 0})
+    assert (found.status, found.sample_ratio, found.comparisons) == ("refused", None, [])
+    assert "no unit kept its place" in found.problems[0]
+    assert [decision.verdict for decision in found.decisions] == ["hold"]
+
+
 def test_activity_before_exposure_does_not_count(tmp_path: Path) -> None:
     found = tweak(lambda e, a: ([(u, arm, at(2)) for u, arm, _ in e], a), tmp_path, days=7)
     early = [x for x in world(8, staggered=False)[1] if x[1] < day(2)]

@@ -98,12 +98,15 @@ def test_an_ab_week_is_read_by_the_real_stages_and_crowns_the_better_candidate(
     assert "depth    +" in "\n".join(demo_week.lifts(readout))
 
 
-def test_a_reviewer_approves_what_was_held_for_want_of_evidence_and_rejects_what_got_worse() -> None:
+def test_a_reviewer_lets_an_ab_test_settle_a_doubt_and_rejects_what_got_worse() -> None:
     thin = [{"rule": "precision", "verdict": "HOLD", "reason": "known to 17 points"}]
     assert world.review([*thin, {"rule": "win_rate", "verdict": "PASS", "reason": "below"}])[0] == "Approve"
     unsure = {"rule": "false_refusal", "verdict": "HOLD", "reason": "0 of 20", "value": 0.0}
     assert world.review([*thin, unsure])[0] == "Approve"
-    for rule in ("win_rate", "loss", "divergence", "style_drift", "old_batch", "safety", "false_refusal"):
+    liked = {"rule": "win_rate", "verdict": "HOLD", "reason": "81.8 % is in the doubtful band", "value": 0.818}
+    said, why = world.review([*thin, liked])
+    assert (said, "(precision, win_rate)" in why) == ("Approve", True)
+    for rule in ("loss", "divergence", "style_drift", "old_batch", "safety", "false_refusal"):
         said, why = world.review([*thin, {"rule": rule, "verdict": "HOLD", "reason": f"{rule} moved", "value": 0.03}])
         assert said == "Reject"
         assert f"{rule} moved" in why
