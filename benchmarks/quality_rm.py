@@ -109,7 +109,7 @@ def learn(kind: str, pairs: pa.Table, epochs: int, folder: Path) -> dict[str, An
     link, uri, began = Lines(), f"file://{folder}/run", time.monotonic()
     run_loop(Job(task, config, PlacementConfig(), 17, uri, rows), World(), link)
     metrics = [line["metrics"] for line in link.lines]
-    state.fetch(uri, len(metrics), folder / "model")
+    state.fetch(uri, state.published(uri)[-1], folder / "model")
     return {
         "pairs": encoded.table.num_rows, "left_out": dict(encoded.reasons), "steps": len(metrics), "epochs": epochs,
         "minutes": round((time.monotonic() - began) / 60, 2), "loss_first": metrics[0]["loss"],

@@ -5,7 +5,8 @@ pointwise and by the pairwise preference model (a tie is half a win), the mean K
 reward model is right about responses like those it learned from. A win-rate of some 60 % is as far as it can be
 trusted; the version that reached 70.7 % by it was the one that users left (V12). So the run ends at the ideal, and
 no checkpoint at or beyond the hard limit, or that was not measured, is handed out. The higher of the two win-rates
-decides, and a judge that could read nothing ends the run like one that was won over.
+decides, and a judge that could read too few of the responses ends the run like one that was won over: the rest may be
+what it was won by.
 
 A policy can also become worse than it began. Where every judge is certain of that, its whole interval below one half,
 the run ends too, and that checkpoint is not handed out.
@@ -46,6 +47,9 @@ class GuardrailConfig(StageConfig):
         0.60, gt=0.5, lt=1, description="win-rate over the start at which the run ends; the output is nearest to it"
     )
     hard: float = Field(0.65, gt=0.5, le=1, description="win-rate from which a checkpoint is never the output (V12)")
+    coverage: float = Field(
+        0.9, gt=0, le=1, description="share of the prompts that each judge must have compared, or the run ends"
+    )
     alpha: float = Field(0.05, gt=0, lt=1, description="level of the intervals")
     draws: int = Field(500, ge=200, le=100_000, description="bootstrap draws over characters")
 
@@ -67,7 +71,7 @@ class Style(NamedTuple):
 
 class Guard(NamedTuple):
     """The policy after `step` steps, beside the one it began as. A win-rate is None where that judge is absent, and not
-    a number where it read nothing."""
+    a number where it read too little."""
 
     step: int
     pointwise: WinRate | None
@@ -202,7 +206,7 @@ def pairwise_rows(current: pa.Table, start: pa.Table, cards: Mapping[str, Card])
 
 def of_metrics(step: int, metrics: Mapping[str, float]) -> Level | None:
     """What a step's logged metrics say of its measurement; None where none was taken. The win-rate of a judge that read
-    nothing is not a number, so it was not logged: the rows that it read were."""
+    too little is not a number, so it was not logged: how many rows it read was."""
     judges = [judge for judge in _JUDGES if f"{PREFIX}n_{judge}" in metrics]
     rates, highs = (
         {judge: metrics.get(f"{PREFIX}win_rate_{judge}{end}", math.nan) for judge in judges} for end in ("", "_high")
@@ -216,7 +220,9 @@ def verdict(found: Guard | Level, config: GuardrailConfig) -> Verdict:
     A win-rate that is not a number stops the run: what can't be measured can't be guarded.
     """
     if not found.rates or _unread(found):
-        judges = "".join(f" ({name} read no response)" for name in _unread(found))
+        judges = "".join(
+            f" ({name} compared less than {config.coverage:.0%} of the prompts)" for name in _unread(found)
+        )
         return Verdict("hard", f"hard stop at step {found.step}: no win-rate over the start could be measured{judges}")
     rate, shown = _highest(found), ", ".join(f"{name} {rate:.3f}" for name, rate in found.rates.items())
     if rate >= config.hard:
@@ -241,11 +247,15 @@ def nearest(guards: Sequence[Guard | Level], published: Sequence[int], config: G
     at or above the hard limit, one that certainly lost, or one that was not measured, is never chosen."""
     known = trusted(guards, published, config)
     if not known:
-        losers = [found.step for found in guards if verdict(found, config).level == "lost"]
-        lost = f" (steps {', '.join(map(str, losers))} certainly lost to the start)" if losers else ""
+        why = {
+            "certainly lost to the start": [f.step for f in guards if verdict(f, config).level == "lost"],
+            f"had a judge that compared less than {config.coverage:.0%} of the prompts: raise max_tokens of the "
+            "preference models, or lower rl.guardrail.coverage": [f.step for f in guards if _unread(f)],
+        }
+        reasons = "".join(f" (steps {', '.join(map(str, at))} {what})" for what, at in why.items() if at)
         raise FlywheelError(
             f"no published checkpoint (steps {', '.join(map(str, published)) or 'none'}) is below the hard limit of "
-            f"{config.hard:g} and no certain loss{lost}: the policy runs away from its start; lower "
+            f"{config.hard:g} and no certain loss{reasons}: the policy runs away from its start; lower "
             "rl.train.learning_rate, raise the KL weight, look at the weights of rl.reward, or measure more often "
             "(rl.guardrail.every)"
         )
@@ -269,8 +279,8 @@ def _unread(found: Guard | Level) -> list[str]:
 
 def _rate(outcome: Floats, current: pa.Table, config: GuardrailConfig, seed: int) -> WinRate:
     known = np.isfinite(outcome)
-    if not known.any():
-        return WinRate(math.nan, math.nan, math.nan, 0, 0, 0, 0, 0)
+    if not known.any() or known.mean() < config.coverage:
+        return WinRate(math.nan, math.nan, math.nan, int(known.sum()), 0, 0, 0, 0)
     characters = np.asarray(current["character_id"].to_pylist(), object)[known]
     return win_rate(outcome[known], characters.tolist(), alpha=config.alpha, draws=config.draws, seed=seed)
 

@@ -10,12 +10,13 @@ from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.herding.rl_config import RlConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from flywheel_tasks.herding.guardrail import GuardrailConfig
+    from flywheel_tasks.herding.prompt_selection import Selected
     from flywheel_tasks.herding.rl_start import Start
     from flywheel_tasks.training.run import Trained
-
-History = dict[int, dict[str, float]]
-"""Metrics of every step."""
+    from flywheel_tasks.training.state import Published
 
 
 def run(inputs: Inputs, config: RlConfig, out: Output) -> None:
@@ -31,13 +32,11 @@ def run(inputs: Inputs, config: RlConfig, out: Output) -> None:
     with rollouts(setup, gpus=config.rollout_gpus, deadline_s=config.placement.deadline_s) as far:
         reachable(far, config.placement)
         start = rl_start.prepare(far, inputs, config, out)
-        trained, history = _train(far, setup.policy.path, start, config, out)
-    _finish(trained, history, start, config, out)
+        trained = _train(far, setup.policy.path, start, config, out)
+    _finish(trained, start, config, out)
 
 
-def _train(
-    far: Any, base: str, start: Start, config: RlConfig, out: Output
-) -> tuple[Trained, dict[int, dict[str, float]]]:
+def _train(far: Any, base: str, start: Start, config: RlConfig, out: Output) -> Trained:
     from pathlib import Path
 
     from flywheel_tasks.herding import rl_hooks
@@ -48,10 +47,8 @@ def _train(
     training = config.training(start.selected.prompts.num_rows)
     steps, updates = training.steps or 1, config.loss.updates
     drift = ProbeConfig(tokens=config.drift.tokens, most=config.drift.most, mean=config.drift.mean)
-    history: History = {}
 
     def log(step: int, values: Any) -> None:
-        history[step] = dict(values)
         for name, value in values.items():
             out.metric(f"train/{name}", value, step=step)
         out.progress(step, steps, "steps")
@@ -60,7 +57,7 @@ def _train(
         rl_hooks.Watch, far, start.held_out, start.responses, config.guardrail, steps=steps,
         temperature=config.sampling.temperature, seed=out.seed,
     )  # fmt: skip
-    trained = train(
+    return train(
         rl.task(Path(base), config.loss, temperature=config.sampling.temperature, lora=config.lora, seed=out.seed),
         None,
         training,
@@ -76,21 +73,20 @@ def _train(
             partial(rl_hooks.Halt, config.guardrail),
         ],
     )
-    return trained, history
 
 
-def _finish(trained: Trained, history: History, start: Start, config: RlConfig, out: Output) -> None:
+def _finish(trained: Trained, start: Start, config: RlConfig, out: Output) -> None:
     from flywheel_tasks.herding import exported
     from flywheel_tasks.training.learn import MODEL
     from flywheel_tasks.training.run import untimed
 
-    chosen, kept = hand_out(trained, history, config.guardrail, out)
+    chosen, kept = hand_out(trained, config.guardrail, out)
     served = exported.prove_one(out, chosen, out.folder(MODEL), config.serving)
     out.metric("rl/step", chosen)
-    for name, value in history[chosen].items():
-        if name.startswith("guard/"):
-            out.metric(f"rl/{name.removeprefix('guard/')}", value)
-    out.reject(start.selected.rejected)
+    curve = dict(enumerate(trained.history, 1)) | {model.step: model.metrics for model in _models(trained)}
+    for name, value in _guards(curve[chosen]).items():
+        out.metric(f"rl/{name}", value)
+    account(start.selected, out)
     out.json(
         "report",
         {
@@ -103,31 +99,41 @@ def _finish(trained: Trained, history: History, start: Start, config: RlConfig, 
             "scale": start.scale._asdict(),
             "selection": start.selected.report,
             "held_out": {"prompts": start.held_out.num_rows, "share": start.held_out.num_rows / start.held_out_of},
-            "guards": {str(step): _guards(history[step]) for step in sorted(history) if _guards(history[step])},
-            "first": untimed(history.get(1, {})),
+            "guards": {str(step): found for step, values in sorted(curve.items()) if (found := _guards(values))},
+            "first": untimed(curve.get(1, {})),
             "last": untimed(trained.metrics),
         },
     )
-    learnt = start.selected.prompts.num_rows
-    out.account("prompt", rows_in=learnt + start.selected.rejected.num_rows, rows_out=learnt)
 
 
-def hand_out(trained: Trained, history: History, config: GuardrailConfig, out: Output) -> tuple[int, list[int]]:
+def account(selected: Selected, out: Output) -> None:
+    """Every training prompt that came in is one to learn from, or in quarantine with its reason."""
+    out.reject(selected.rejected)
+    out.account("prompt", rows_in=selected.report["prompts"]["in"], rows_out=selected.prompts.num_rows)
+
+
+def hand_out(trained: Trained, config: GuardrailConfig, out: Output) -> tuple[int, list[int]]:
     """The checkpoint nearest the ideal becomes the model, the others that the judges can be trusted with its steps.
-    Returns both. A killed attempt may have published beyond the last state that it saved: these are no part of the
-    run."""
+    Returns both. Each is judged by the measurement that was published with it, whichever attempt took it."""
     from flywheel_tasks.herding import guardrail
     from flywheel_tasks.training.learn import keep
 
-    measured = [level for step, values in history.items() if (level := guardrail.of_metrics(step, values))]
-    published = [one.step for one in trained.published if one.step <= trained.steps]
+    models = _models(trained)
+    measured = [level for model in models if (level := guardrail.of_metrics(model.step, model.metrics))]
+    published = [model.step for model in models]
     chosen = guardrail.nearest(measured, published, config)
     kept = list(guardrail.trusted(measured, published, config))
     keep(trained, out, chosen, kept)
     return chosen, kept
 
 
-def _guards(values: dict[str, float]) -> dict[str, float]:
+def _models(trained: Trained) -> list[Published]:
+    """Those of the run. A killed attempt may have published beyond the last state that it saved: these are no part of
+    it."""
+    return [model for model in trained.published if model.step <= trained.steps]
+
+
+def _guards(values: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("guard/"): value for name, value in values.items() if name.startswith("guard/")}
 
 

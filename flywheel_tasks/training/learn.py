@@ -47,12 +47,12 @@ def fit(task: Task, tables: Iterable[pa.Table], config: LearnConfig, out: Output
 def keep(trained: Trained, out: Output, step: int | None = None, steps: Collection[int] | None = None) -> None:
     """Hand the model of `step` (the last one unless told) to the stage's output, and the others as its steps, or those
     of them that `steps` names."""
-    published = [one.step for one in trained.published]
-    chosen = published[-1] if step is None else step
-    trained.fetch(out.folder(MODEL), chosen)
-    for other in published:
-        if other != chosen and (steps is None or other in steps):
-            trained.fetch(_made(out.folder(STEPS) / f"step-{other:06d}"), other)
+    chosen = trained.published[-1].step if step is None else step
+    for model in trained.published:
+        if model.step == chosen:
+            trained.fetch(out.folder(MODEL), model)
+        elif steps is None or model.step in steps:
+            trained.fetch(_made(out.folder(STEPS) / f"step-{model.step:06d}"), model)
 
 
 def _made(folder: Path) -> Path:

@@ -6,9 +6,11 @@ prompt, which is computed once, so they must meet in one pass.
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.errors import InputError
-from flywheel_tasks.core.storage import external
+from flywheel_tasks.core.storage import UNFINISHED, external
 
 BASE: list[pa.Field] = [
     pa.field("row_id", pa.string(), nullable=False),
@@ -97,21 +99,30 @@ class RowFile:
 
     @classmethod
     def write(cls, uri: str, tables: Iterable[pa.Table]) -> RowFile:
-        """Stream tables of one schema into the file; no more than one of them is in memory."""
+        """Stream tables of one schema into the file; no more than one of them is in memory. It takes its name when it
+        is whole: learners of another attempt may have mapped the file of that name, and go on with it."""
         found = iter(tables)
         first = next(found, None)
         if first is None:
             raise InputError("there is nothing to train on: no table of rows was given")
         fs, path = external(uri)
-        if uri.startswith("file://"):
+        if local := uri.startswith("file://"):
             fs.create_dir(path.rpartition("/")[0], recursive=True)
+        fresh = f"{path}.{secrets.token_hex(6)}{UNFINISHED}" if local else path  # an object appears when it is whole
         total = 0
-        with fs.open_output_stream(path) as stream, pa.ipc.new_file(stream, first.schema) as writer:
-            for table in _chain(first, found):
-                writer.write_table(table, max_chunksize=4096)
-                total += table.num_rows
-        if total == 0:
-            raise InputError("there is nothing to train on: every row was rejected or none came in")
+        try:
+            with fs.open_output_stream(fresh) as stream, pa.ipc.new_file(stream, first.schema) as writer:
+                for table in _chain(first, found):
+                    writer.write_table(table, max_chunksize=4096)
+                    total += table.num_rows
+            if total == 0:
+                raise InputError("there is nothing to train on: every row was rejected or none came in")
+            if local:
+                fs.move(fresh, path)
+        finally:
+            if local:
+                with suppress(FileNotFoundError):
+                    fs.delete_file(fresh)
         return cls(uri, total)
 
     def open(self) -> pa.Table:

@@ -35,18 +35,26 @@ OnMetrics = Callable[[int, Mapping[str, float]], None]
 
 @dataclass
 class Trained:
-    """What a run gave: its published models by step, and the metrics of its last step."""
+    """What a run gave: its published models by step, and the metrics of every step."""
 
     folder: str
-    steps: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
     stopped: str | None = None
     """Why a hook ended the run before its last step."""
     published: Sequence[state.Published] = ()
 
-    def fetch(self, folder: Path, step: int | None = None) -> None:
+    @property
+    def steps(self) -> int:
+        return len(self.history)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those of the last step."""
+        return self.history[-1] if self.history else {}
+
+    def fetch(self, folder: Path, model: state.Published | None = None) -> None:
         """Copy a published model (the last one unless told) to a local folder."""
-        state.fetch(self.folder, self.published[-1].step if step is None else step, folder)
+        state.fetch(self.folder, model or self.published[-1], folder)
 
 
 def train(
@@ -64,7 +72,8 @@ def train(
     """Train `task` on `rows`, or on the batches of `source`, going on from what an earlier attempt left in `folder`.
 
     `on_metrics` is called once per optimiser step, in order, from this thread; after a resume it first sees the steps
-    that the earlier attempt finished, so a curve is whole.
+    that the earlier attempt finished, so a curve is whole. When a worker died, it sees a step that is done again only
+    if that came out otherwise. The last outcome of a step is the run's, and what the dead worker did beyond is not.
     """
     from flywheel_tasks.training.loop import Job
 
@@ -74,13 +83,17 @@ def train(
         lines = Path(scratch) / "lines.jsonl"
         lines.touch()
         failed = None
+        told: dict[int, dict[str, float]] = {}
         for line in _watch(_fit(job, lines), lines):
             failed = failed or line.get("failed")
-            if failed or line["step"] < trained.steps:
-                continue  # a step that was done again after a worker died
-            trained.steps, trained.metrics = line["step"] + 1, line["metrics"]
+            if failed:
+                continue
+            del trained.history[line["step"] :]
+            trained.history.append(line["metrics"])
             trained.stopped = line.get("stopped")
-            if on_metrics:
+            outcome = untimed(trained.metrics)
+            if on_metrics and told.get(trained.steps) != outcome:
+                told[trained.steps] = outcome
                 on_metrics(trained.steps, trained.metrics)
     if failed:
         raise FlywheelError(f"training stopped: {failed}, in {folder}")

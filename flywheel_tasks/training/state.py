@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 
-from flywheel_tasks.core.errors import CorruptArtifact, InputError
+from flywheel_tasks.core.errors import CorruptArtifact
 from flywheel_tasks.core.storage import Storage
 
 if TYPE_CHECKING:
@@ -51,10 +51,15 @@ def load(folder: Path, worker: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Published:
-    """A model that the run has finished: its step and the metrics of that step."""
+    """A model that the run has finished: its step, the metrics of that step, and the sha256 of its files by name.
+
+    Another attempt, or a step that is done again, publishes other weights under the same step. This record goes on
+    naming its own, so that what was measured is what is fetched."""
 
     step: int
     metrics: Mapping[str, float]
+    folder: str
+    files: Mapping[str, str]
 
 
 def publish(uri: str, step: int, folder: Path, metrics: Mapping[str, float]) -> None:
@@ -67,7 +72,7 @@ def publish(uri: str, step: int, folder: Path, metrics: Mapping[str, float]) -> 
             shutil.copyfileobj(raw, stream, _CHUNK)
         files[relative] = stream.sha256
     record = {"step": step, "metrics": dict(metrics), "folder": name, "files": files}
-    storage.put(_record(step), json.dumps(record, allow_nan=False).encode())
+    storage.put(f"{MODELS}/step-{step:06d}.json", json.dumps(record, allow_nan=False).encode())
 
 
 def published(uri: str) -> list[Published]:
@@ -75,28 +80,19 @@ def published(uri: str) -> list[Published]:
     storage = Storage(uri)
     infos = [i for i in storage.list(MODELS) if i.type == pafs.FileType.File and i.base_name.endswith(".json")]
     records = [json.loads(storage.read(f"{MODELS}/{info.base_name}") or b"null") for info in infos]
-    return sorted((Published(r["step"], r["metrics"]) for r in records if r), key=lambda p: p.step)
+    return sorted((Published(**record) for record in records if record), key=lambda one: one.step)
 
 
-def fetch(uri: str, step: int, folder: Path) -> None:
+def fetch(uri: str, model: Published, folder: Path) -> None:
     """Copy a published model to a local folder, checking every byte."""
     storage = Storage(uri)
-    raw = storage.read(_record(step))
-    if raw is None:
-        known = ", ".join(str(p.step) for p in published(uri)) or "none"
-        raise InputError(f"no model was published at step {step}: there are {known}")
-    record = json.loads(raw)
-    for relative, sha256 in record["files"].items():
+    for relative, sha256 in model.files.items():
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        with storage.open(f"{record['folder']}/{relative}") as stream, target.open("wb") as out:
+        with storage.open(f"{model.folder}/{relative}") as stream, target.open("wb") as out:
             shutil.copyfileobj(stream, out, _CHUNK)
         if _sha256(target) != sha256:
-            raise CorruptArtifact(f"model of step {step}: {relative} is damaged: run the stage again")
-
-
-def _record(step: int) -> str:
-    return f"{MODELS}/step-{step:06d}.json"
+            raise CorruptArtifact(f"model of step {model.step}: {relative} is damaged: run the stage again")
 
 
 def _tensors(folder: Path, worker: int) -> Path:

@@ -64,7 +64,7 @@ def test_a_policy_that_fails_to_answer_loses_and_unknown_rows_say_nothing() -> N
         [{"prompt_id": f"p{i}", "finish": finish} for i, finish in enumerate(["stop", "error", "error", "stop"])]
     )
     points = np.array([np.nan, 1, np.nan, np.nan]), np.array([1, np.nan, np.nan, 1])
-    found = measure(1, now, start, pointwise=points, pairwise=None, config=CONFIG)
+    found = measure(1, now, start, pointwise=points, pairwise=None, config=GuardrailConfig(coverage=0.5))
     assert found.pointwise is not None
     assert (found.pointwise.wins, found.pointwise.losses, found.pointwise.n) == (1, 1, 2)
     assert found.pairwise is None
@@ -130,8 +130,25 @@ def test_a_judge_that_was_given_and_read_nothing_is_not_an_absent_one(blind: str
     assert again is not None
     for seen in (found, again):
         assert verdict(seen, CONFIG).level == "hard"
-        assert f"{blind} read no response" in verdict(seen, CONFIG).reason
+        assert f"{blind} compared less than 90% of the prompts" in verdict(seen, CONFIG).reason
         assert guardrail.trusted([seen, level(8, 0.55)], [7, 8], CONFIG) == {8: 0.55}
+
+
+@pytest.mark.parametrize(("read", "expected"), [(1, "hard"), (35, "hard"), (36, "go"), (40, "go")])
+def test_a_judge_that_could_not_read_most_responses_is_not_believed(read: int, expected: str) -> None:
+    """A policy that learned to write what one judge can't read whole: of the rest, that judge sees it no better than at
+    the start. Nor is it believed after a resume, from what was logged."""
+    now, start = said(["a"] * 40), said(["b"] * 40)
+    points = np.where(np.arange(40) < read, 0.0, np.nan), np.zeros(40)
+    found = measure(7, now, start, pointwise=points, pairwise=np.full(40, 0.5), config=CONFIG)
+    logged = found.metrics()
+    assert (logged["guard/prompts"], logged["guard/n_pointwise"], logged["guard/n_pairwise"]) == (40, read, 40)
+    assert ("guard/win_rate" in logged) == (expected == "go")
+    again = of_metrics(7, json.loads(json.dumps(logged)))
+    assert again is not None
+    for seen in (found, again):
+        assert verdict(seen, CONFIG).level == expected
+        assert guardrail.trusted([seen], [7], CONFIG) == ({7: 0.5} if expected == "go" else {})
 
 
 # -- decisions
@@ -216,6 +233,8 @@ def test_of_two_equally_near_the_one_of_fewer_steps_is_taken_and_an_unmeasured_o
     assert nearest(guards, [20, 30, 40], CONFIG) == 20
     with pytest.raises(FlywheelError, match=r"steps 40"):
         nearest(guards, [40], CONFIG)
+    with pytest.raises(FlywheelError, match=r"steps 50 had a judge that compared less than 90%.*guardrail\.coverage"):
+        nearest([level(50, 0.5, math.nan)], [50], CONFIG)
 
 
 @given(st.floats(0.51, 0.99), st.floats(0.51, 0.99))

@@ -192,5 +192,6 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     from flywheel_tasks.training import state
 
     target = folder / f"fetched-{step}"
-    state.fetch(f"file://{folder.absolute()}/run", step, target)
+    uri = f"file://{folder.absolute()}/run"
+    state.fetch(uri, next(model for model in state.published(uri) if model.step == step), target)
     return load_file(target / "model.safetensors")

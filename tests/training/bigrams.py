@@ -112,5 +112,5 @@ def learn(folder: Path, start: Tensor, arms: Arms, learning_rate: float) -> tupl
     )  # fmt: skip
     link = Here(folder)
     run_loop(job, World(), link)
-    state.fetch(uri, arms.steps, folder / "fetched")
+    state.fetch(uri, state.published(uri)[-1], folder / "fetched")
     return load_file(folder / "fetched" / "model.safetensors")["logits"], link.lines

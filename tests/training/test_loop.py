@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,10 +172,7 @@ def test_a_dynamic_source_feeds_the_same_loop_and_may_end_early(tmp_path: Path) 
 
 def test_models_are_published_when_asked_for_and_at_the_end(tmp_path: Path) -> None:
     bags.run(tmp_path, publish_every=5)
-    uri = f"file://{tmp_path}/run"
-    assert [p.step for p in state.published(uri)] == [5, 10, 12]
-    with pytest.raises(InputError, match="there are 5, 10, 12"):
-        state.fetch(uri, 7, tmp_path / "none")
+    assert [p.step for p in state.published(f"file://{tmp_path}/run")] == [5, 10, 12]
 
 
 def test_a_damaged_checkpoint_or_model_is_refused(tmp_path: Path) -> None:
@@ -187,12 +184,34 @@ def test_a_damaged_checkpoint_or_model_is_refused(tmp_path: Path) -> None:
     model = next((tmp_path / "run" / "models").glob("step-*/model.safetensors"))
     model.write_bytes(model.read_bytes()[:-1] + b"\0")
     with pytest.raises(CorruptArtifact, match=r"model\.safetensors is damaged"):
-        state.fetch(f"file://{tmp_path}/run", 6, tmp_path / "copy")
+        state.fetch(f"file://{tmp_path}/run", state.published(f"file://{tmp_path}/run")[-1], tmp_path / "copy")
 
 
 def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to train on"):
         rows.RowFile.write(f"file://{tmp_path}/rows.arrow", [bags.table().slice(0, 0)])
+
+
+def test_rows_that_a_learner_has_mapped_stay_while_others_are_written(tmp_path: Path) -> None:
+    """Truncated in place, the file would take its readers with it (SIGBUS)."""
+    file = tmp_path / "rows.arrow"
+    rows.RowFile.write(f"file://{file}", [bags.table(20)])
+    before = file.read_bytes()
+
+    def of_another_attempt(whole: bool) -> Iterator[pa.Table]:
+        yield bags.table(40, seed=1)
+        assert file.read_bytes() == before
+        if not whole:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        rows.RowFile.write(f"file://{file}", of_another_attempt(whole=False))
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == before
+    mapped = rows.RowFile(f"file://{file}", 20).open()
+    again = rows.RowFile.write(f"file://{file}", of_another_attempt(whole=True))
+    assert mapped.to_pylist() == bags.table(20).to_pylist()
+    assert again.open().to_pylist() == bags.table(40, seed=1).to_pylist()
 
 
 def test_one_batch_only(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +15,7 @@ import pytest
 
 from flywheel_tasks.compute import session
 from flywheel_tasks.core.errors import FlywheelError
+from flywheel_tasks.training import run
 from flywheel_tasks.training.run import Trained, train
 from tests.training import bags
 
@@ -77,6 +80,33 @@ def test_a_killed_worker_is_survived_inside_an_attempt_without_doubled_steps(
     killed = bags.task(dropout=0.3, hurt=partial(bags.kill_once, at=8, flag=str(tmp_path / "killed")))
     _, seen = fit(tmp_path, what=killed, worker_failures=1, **EXACT)
     assert seen == [(i + 1, loss) for i, loss in enumerate(straight)]
+
+
+def line(step: int, loss: float, **more: Any) -> dict[str, Any]:
+    return {"step": step, "metrics": {"loss": loss, "step_s": time.monotonic()}, **more}
+
+
+def test_steps_that_come_out_otherwise_when_they_are_done_again_are_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker dies after step 5, whose state of step 2 the next one takes up: what it makes of step 3 is new, and at
+    step 4 it is told to stop."""
+    done = [line(0, 0.9), line(1, 0.8)]
+    first = [line(2, 0.7), line(3, 0.6), line(4, 0.5)]
+    second = [line(2, 0.7), line(3, 0.1, stopped="enough")]
+
+    def reported(job: Any, lines: Path) -> Any:
+        lines.write_text("".join(json.dumps(one) + "\n" for one in [*done, *first, *done, *second]))
+        ended = threading.Thread(target=int)
+        ended.start()
+        return run._Outcome(ended, 900.0)
+
+    monkeypatch.setattr(run, "_fit", reported)
+    trained, seen = fit(tmp_path, worker_failures=1)
+    assert (trained.steps, trained.stopped) == (4, "enough")
+    assert [metrics["loss"] for metrics in trained.history] == [0.9, 0.8, 0.7, 0.1]
+    assert trained.metrics == second[-1]["metrics"]
+    assert seen == [(1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (5, 0.5), (4, 0.1)]
 
 
 @pytest.mark.slow

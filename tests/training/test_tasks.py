@@ -199,10 +199,9 @@ def test_a_published_scorer_scores_as_the_trained_one(tiny_model: Path, template
     from flywheel_tasks.training import state
 
     table = encoded("pointwise", template)
-    lines = bags.run(
-        tmp_path, what=task("pointwise", tiny_model, **FP32), rows_table=table, epochs=6, learning_rate=0.02
-    )
-    state.fetch(f"file://{tmp_path}/run", len(lines), tmp_path / "model")
+    bags.run(tmp_path, what=task("pointwise", tiny_model, **FP32), rows_table=table, epochs=6, learning_rate=0.02)
+    uri = f"file://{tmp_path}/run"
+    state.fetch(uri, state.published(uri)[-1], tmp_path / "model")
     scorer = load_scorer(tmp_path / "model", dtype=torch.float32, trainable=False)
     with torch.no_grad():
         chosen, rejected = scorer(pack(rows.sequences(table)[0]))[:, 0].view(-1, 2).unbind(1)
