@@ -83,7 +83,9 @@ def _drift(feature: Json) -> dict[str, Any]:
     if effect is not None:
         found["distance"] = abs(float(effect))
     if feature["status"] == "unknown" or effect is None or not n:
-        found["unusable"] = f"the style monitor has {n} responses of each side, too few or all of one character"
+        found["unusable"] = (
+            f"the style monitor measured it in {n} responses of each side, too few or all of one character"
+        )
     return found
 
 

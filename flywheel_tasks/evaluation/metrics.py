@@ -71,7 +71,7 @@ def run(inputs: Inputs, config: MetricsConfig, out: Output) -> None:
         report[policy]["failed_responses"] = _failed(len(rows), failed)
         measured[policy] = responses, columns
     out.json("metrics", _report(report, config, agreement, judged))
-    out.json("style", _style({name: found[0].table for name, found in measured.items()}, config.style, out))
+    out.json("style", _style({name: found[0] for name, found in measured.items()}, config.style, out))
     out.json("judgements", {"judge": config.judge.name(), "answers": judged.judgements})
     _write_scored(measured, rejected, everything.num_rows, out)
     for policy, found in report.items():
@@ -204,10 +204,14 @@ def _report(
     }  # fmt: skip
 
 
-def _style(tables: Mapping[str, pa.Table], config: StyleConfig, out: Output) -> dict[str, Any]:
+def _style(answers: Mapping[str, Responses], config: StyleConfig, out: Output) -> dict[str, Any]:
     """Candidate against champion, and each training stage against the one before it (Sec. 2.4.4)."""
     from flywheel_tasks.style import monitor
 
+    tables = {
+        name: one.table.append_column("spoken", one.language).append_column("wanted", one.wanted)
+        for name, one in answers.items()
+    }
     comparisons = []
     if {CANDIDATE, CHAMPION} <= set(tables):
         comparisons.append(monitor.between(tables[CANDIDATE], tables[CHAMPION], CANDIDATE, CHAMPION, config))

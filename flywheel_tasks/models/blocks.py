@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.models import kernels
 from flywheel_tasks.models.attention import packed_attention
 from flywheel_tasks.models.kernels import Linear
@@ -22,14 +23,17 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Swap the forward of the layers and of the final norm where the kernels compute the same. Parameters, names and
     hooks stay, so peft, DDP, FSDP and saving see the model they know."""
     core = trunk(model)
+    if not hasattr(core, "layers"):
+        raise InputError(f"{type(core).__name__} has no 'layers', which packed batches need: take another model")
     for layer in core.layers:
         if type(layer).__name__ in _LAYERS and getattr(core.config, "hidden_act", "") == "silu":
             layer.forward = partial(_layer, layer, layer.forward)
     for module in core.modules():
         if hasattr(module, "lora_A"):
             module.forward = partial(_adapter, module, module.forward)
-    if type(core.norm).__name__.endswith("RMSNorm") and hasattr(core.norm, "variance_epsilon"):
-        core.norm.forward = partial(_norm, core.norm)
+    norm: Any = getattr(core, "norm", None)
+    if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+        norm.forward = partial(_norm, norm)
     return model
 
 

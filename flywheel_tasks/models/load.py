@@ -60,6 +60,7 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     model = read(AutoModelForCausalLM, folder, dtype, device)
+    _refuse_odd_logits(model, folder)
     return Policy(prepare(model, lora, device, trainable, seed))
 
 
@@ -92,6 +93,19 @@ def read(loader: Any, folder: str | Path, dtype: torch.dtype, device: torch.devi
         first, *more = sorted(found["missing_keys"])
         raise InputError(f"model {folder} lacks {first} and {len(more)} more weights: fetch the folder again")
     return model
+
+
+def _refuse_odd_logits(model: Any, folder: str | Path) -> None:
+    """Log-probabilities are of the head's product alone: what else a model does to its logits would be lost."""
+    config = model.config.get_text_config()
+    options = {name: getattr(config, name, None) for name in ("logits_scaling", "logit_scale")}
+    odd = [f"{name}={value}" for name, value in options.items() if value not in (None, 1)]
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        odd.append(f"final_logit_softcapping={cap}")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        odd.append("a bias in its output embedding")
+    if odd:
+        raise InputError(f"model {folder} has {odd[0]}, which training does not compute: take another model")
 
 
 def _is_meta(device: torch.device | str | None) -> bool:

@@ -51,6 +51,7 @@ def _run(kind: Kind, inputs: Inputs, config: PreferenceConfig, out: Output) -> N
             f"{known.num_rows} preferences to train on and {held_out.num_rows} held out: a preference model needs "
             "both; import more annotations (annotate-import.deliveries)"
         )
+    sets = variants.sets(inputs, cards, out.seed) if config.variants else None
     base = local_folder(config.base.path)
     template = Template(load_tokenizer(base))
     encoded = preference.encode(known, cards, template, kind=kind, max_tokens=config.max_tokens)
@@ -62,8 +63,8 @@ def _run(kind: Kind, inputs: Inputs, config: PreferenceConfig, out: Output) -> N
     before = inputs.json("before") or {"matrix": [], "versions": []}
     measured = measure.run(kind, held_out, cards, version(trained), before, config, out)
     out.reject(measured.rejected)
-    if config.variants:
-        measured.report["table9"] = variants.measure(kind, inputs, cards, base, template, config, out)
+    if sets:
+        measured.report["table9"] = variants.measure(kind, sets, cards, base, template, config, out)
     measured.report["style"] = monitor.preferences(trained, config.style).as_json()
     out.json("report", measured.report | {"training": training | {"dropped_turns": encoded.dropped_turns}})
     out.account("preference", rows_in=read.num_rows, rows_out=encoded.table.num_rows + measured.rows)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +35,27 @@ from flywheel_tasks.training.learn import fit
 EVALUATIONS: tuple[Evaluation, ...] = ("single_random", "multi_agree")
 
 
+class Sets(NamedTuple):
+    """The variants that are trained on, and the held-out pairs of the evaluation sets."""
+
+    train: dict[str, pa.Table]
+    held_out: dict[Evaluation, pa.Table]
+
+
+def sets(inputs: Inputs, cards: Mapping[str, Card], seed: int) -> Sets:
+    """What the reviews give; refused where Table 9 would have a hole."""
+    found = collect.variants(*reviews(inputs), seed)
+    train = {name: _of(pairs, "train") for name, pairs in found.items()}
+    held_out = {name: with_card(_of(found[name], "eval"), cards, "preference_id")[0] for name in EVALUATIONS}
+    for what, tables in (("held-out pair", held_out), ("pair to train on", train)):
+        if empty := [name for name, pairs in tables.items() if not pairs.num_rows]:
+            raise InputError(f"Table 9: no {what} is in '{empty[0]}': import more reviews, or set variants=false")
+    return Sets(train, held_out)
+
+
 def measure(
     kind: Kind,
-    inputs: Inputs,
+    sets: Sets,
     cards: Mapping[str, Card],
     base: Path,
     template: Template,
@@ -45,17 +63,12 @@ def measure(
     out: Output,
 ) -> dict[str, Any]:
     """Train on each variant and measure it on both evaluation sets; the paper's rows, with intervals beside."""
-    found = collect.variants(*reviews(inputs), out.seed)
-    held_out = {name: with_card(_of(found[name], "eval"), cards, "preference_id")[0] for name in EVALUATIONS}
-    if empty := [name for name, pairs in held_out.items() if not pairs.num_rows]:
-        raise InputError(f"Table 9: no held-out pair is in '{empty[0]}': import more reviews, or set variants=false")
-    learn = {name: _of(pairs, "train") for name, pairs in found.items()}
     accuracies: dict[Key, float] = {}
     intervals: list[dict[str, Any]] = []
     for name in ROWS:
-        with _model(name, kind, learn, cards, base, template, config, out) as folder:
+        with _model(name, kind, sets.train, cards, base, template, config, out) as folder:
             scorer = Scorer(folder, max_tokens=config.max_tokens)
-            for on, pairs in held_out.items():
+            for on, pairs in sets.held_out.items():
                 margin = margins(kind, scorer, pairs, cards)
                 fits = np.isfinite(margin)
                 if not fits.any():
@@ -64,7 +77,7 @@ def measure(
                 share = accuracy.overall(pairs.filter(pa.array(fits)), outcomes, seed=out.seed)
                 accuracies[name, kind, on] = share["accuracy"]
                 intervals.append({"training": name, "evaluation": on, **share})
-    rows = table9({name: pairs.num_rows for name, pairs in learn.items()}, accuracies)  # type: ignore[misc]
+    rows = table9({name: pairs.num_rows for name, pairs in sets.train.items()}, accuracies)  # type: ignore[misc]
     return {"rows": [row._asdict() for row in rows], "intervals": intervals}
 
 

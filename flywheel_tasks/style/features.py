@@ -111,16 +111,20 @@ def longest_block(texts: pa.StringArray) -> IntArray:
 
 
 def translated(texts: pa.StringArray) -> BoolArray:
-    """A labelled translation, or Latin words in brackets inside a text of another script (Table 7)."""
+    """A labelled translation, or one in brackets (Table 7)."""
     rule = rules.load().translation
     labelled = matches(texts, f"(?i)(?:{rule.labelled})") | matches(texts, f"(?i)(?:{rule.paragraph})")
-    bracketed = matches(texts, rule.bracketed)
-    rows = np.flatnonzero(bracketed & ~labelled)
-    if len(rows):
-        some = texts.take(pa.array(rows))
-        outside = pc.replace_substring_regex(some, rule.bracketed, "")
-        labelled[rows] = count(outside, _NON_LATIN) > count(outside, r"\p{Latin}")
-    return labelled
+    return labelled | bracketed_translation(texts)
+
+
+def bracketed_translation(texts: pa.StringArray) -> BoolArray:
+    """Latin words in brackets inside a text of another script."""
+    pattern = rules.load().translation.bracketed
+    found = matches(texts, pattern)
+    if len(rows := np.flatnonzero(found)):
+        outside = pc.replace_substring_regex(texts.take(pa.array(rows)), pattern, "")
+        found[rows] = count(outside, _NON_LATIN) > count(outside, r"\p{Latin}")
+    return found
 
 
 def asked_for_translation(history: pa.ListArray) -> BoolArray:

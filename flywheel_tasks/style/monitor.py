@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, field_validator
 
+from flywheel_tasks.core import problems
 from flywheel_tasks.core.config import StageConfig
-from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.stats.multiplicity import benjamini_hochberg, holm
 from flywheel_tasks.style.effects import Effect, FloatArray, Slope, effect, slope
 from flywheel_tasks.style.features import FEATURES, Exchange, history_exchange, measure
@@ -32,9 +32,17 @@ class StyleConfig(StageConfig):
     size: float = Field(
         0.2, ge=0, description="effect size (Cohen's h or d) beyond which a real difference is drift; 0.2 is small"
     )
-    sizes: dict[str, float] = Field({}, description="bounds of single features, by name")
+    sizes: dict[str, NonNegativeFloat] = Field({}, description="bounds of single features, by name")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of any false alert in one comparison (Holm)")
     least: int = Field(30, ge=2, description="responses each side must have; with fewer a feature is 'unknown'")
+
+    @field_validator("sizes")
+    @classmethod
+    def _known(cls, sizes: dict[str, float]) -> dict[str, float]:
+        for name in sizes:
+            if name not in FEATURES:
+                raise ValueError(f"no style feature '{name}': {problems.nearest(name, FEATURES)}")
+        return sizes
 
     def bound(self, name: str) -> float:
         return self.sizes.get(name, self.size)
@@ -82,21 +90,24 @@ class Comparison:
 
 
 class Side(NamedTuple):
-    """One group of responses, the histories before them, and what makes rows alike (a character or a prompt)."""
+    """One group of responses, the histories before them, what makes rows alike (a character or a prompt), and where it
+    was told the language of each response and the one that its user writes in."""
 
     name: str
     response: pa.StringArray
     history: pa.ListArray | None
     cluster: npt.NDArray[np.object_]
+    language: pa.StringArray | None = None
+    wanted: pa.StringArray | None = None
 
 
-def compare(name: str, a: Side, b: Side, config: StyleConfig, names: Sequence[str] | None = None) -> Comparison:
-    """Features of a against b."""
-    if unknown := sorted(set(config.sizes) - set(FEATURES)):
-        raise InputError(f"style bounds: no feature '{unknown[0]}': the features are {', '.join(FEATURES)}")
-    names = list(FEATURES if names is None else names)
-    found_a = measure(Exchange(a.response, a.history), names)
-    found_b = measure(Exchange(b.response, b.history), names)
+def compare(name: str, a: Side, b: Side, config: StyleConfig) -> Comparison:
+    """Features of a against b; that of languages only where both sides have theirs."""
+    told = all(column is not None for side in (a, b) for column in (side.language, side.wanted))
+    names = [name for name in FEATURES if told or name != "language_mismatch"]
+    found_a, found_b = (
+        measure(Exchange(side.response, side.history, side.language, side.wanted), names) for side in (a, b)
+    )
     effects = {n: effect(found_a[n], found_b[n], a.cluster, b.cluster, FEATURES[n].kind, config.alpha) for n in names}
     history = _history_borne(names, {a.name: (a, found_a), b.name: (b, found_b)}, config.alpha)
     return Comparison(name, a.name, b.name, tuple(_judge(effects, config)), history)
@@ -120,18 +131,22 @@ def sampling(table: pa.Table, config: StyleConfig) -> Comparison:
 
 
 def checkpoints(tables: Mapping[str, pa.Table], config: StyleConfig) -> list[Comparison]:
-    """Each checkpoint against the one before it (SFT, DPO, RL …; schema `completion`), on the prompts both answered."""
+    """Each checkpoint against the one before it (SFT, DPO, RL …), as `between` does it."""
     stages = list(tables)
     return [between(tables[after], tables[before], after, before, config) for before, after in pairwise(stages)]
 
 
 def between(a: pa.Table, b: pa.Table, name_a: str, name_b: str, config: StyleConfig) -> Comparison:
-    """Two policies' answers (schema `completion`) to the prompts that both answered, clustered by character."""
+    """Two policies' answers (schema `completion`) to the prompts that both answered, clustered by character. Columns
+    `spoken` and `wanted`, where a table has them, are the languages of each answer and of its user."""
     shared = np.intersect1d(_column(a, "prompt_id").astype(str), _column(b, "prompt_id").astype(str))
     sides = []
     for name, table in ((name_a, a), (name_b, b)):
         table = table.filter(pa.array(np.isin(_column(table, "prompt_id").astype(str), shared)))
-        sides.append(_side(name, table, "character_id"))
+        side = _side(name, table, "character_id")
+        if {"spoken", "wanted"} <= set(table.column_names):
+            side = side._replace(language=table["spoken"].combine_chunks(), wanted=table["wanted"].combine_chunks())
+        sides.append(side)
     return compare(f"{name_a}_vs_{name_b}", sides[0], sides[1], config)
 
 

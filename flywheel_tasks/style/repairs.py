@@ -9,7 +9,10 @@ import re
 from collections.abc import Callable
 from functools import cache
 
+import pyarrow as pa
+
 from flywheel_tasks.style import markdown, rules
+from flywheel_tasks.style.features import bracketed_translation
 from flywheel_tasks.style.rules import Phrase
 from flywheel_tasks.style.words import emoji_pattern
 
@@ -121,11 +124,17 @@ def _paragraphs(line: str, most: int, aim: int) -> str:
 
 
 def translation(text: str) -> str:
-    """The text without a labelled translation, and without one in brackets behind a text of another script."""
+    """The text without a labelled translation, and without one in brackets inside a text of another script."""
     rule = rules.load().translation
-    for pattern in (rule.labelled, rule.paragraph, rule.bracketed):
-        text = _compiled(rf"(?i)[ \t]*(?:{pattern})").sub("", text)
+    for pattern in (rule.labelled, rule.paragraph):
+        text = _without(pattern, text)
+    if bracketed_translation(pa.array([text], pa.string()))[0]:
+        text = _without(rule.bracketed, text)
     return text.strip()
+
+
+def _without(pattern: str, text: str) -> str:
+    return _compiled(rf"(?i)[ \t]*(?:{pattern})").sub("", text)
 
 
 def _words(text: str) -> int:

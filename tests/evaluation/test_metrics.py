@@ -18,11 +18,13 @@ from flywheel_tasks.core.output import Output
 from flywheel_tasks.core.stage import Inputs
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.evaluation import assemble, metrics
+from flywheel_tasks.evaluation.gate import Decision
 from flywheel_tasks.evaluation.judge import JudgeConfig
 from flywheel_tasks.evaluation.metrics import MetricsConfig
 from flywheel_tasks.style.features import FEATURES
 from tests.curation.curation_runs import commit, prompts
 from tests.evaluation.judge_endpoint import PERFECT, Endpoint, serving
+from tests.evaluation.test_gate import Body, good, verdict
 
 REFUSAL = "I'm sorry, but I can't help with that."
 LOOP = "I will never let you go, my love. " * 8
@@ -332,5 +334,58 @@ def test_the_gate_reads_what_this_stage_writes(world: World) -> None:
     assert evidence.style_drift
     compared = made.json("style")["comparisons"][0]["features"]
     assert set(evidence.style_drift) == {feature["name"] for feature in compared}, "no feature is dropped"
-    unknown = {feature["name"] for feature in compared if feature["status"] == "unknown"}
-    assert {name for name, drift in evidence.style_drift.items() if drift.unusable} == unknown != set()
+    assert not [name for name, drift in evidence.style_drift.items() if drift.unusable]
+
+
+def test_too_few_responses_tell_nothing_of_style(world: World) -> None:
+    style = world.run([*responses("candidate"), *responses("champion")]).json("style")
+    evidence = assemble.assemble({"style": style}, {})
+    assert evidence.style_drift is not None
+    assert all(drift.unusable for drift in evidence.style_drift.values())
+    assert "measured it in 10 responses of each side" in str(evidence.style_drift["has_emoji"].unusable)
+
+
+SPANISH = (
+    "Claro que sí, me encanta caminar por el parque contigo.",
+    "Pues mira, yo creo que deberías llamar a tu madre hoy.",
+    "No sé qué decirte, pero siempre puedes contar conmigo.",
+    "¿Quieres que te cuente lo que hicimos ayer en la playa?",
+)
+ENGLISH = (
+    "Of course, I would love to walk in the park with you.",
+    "Well look, I think that you should call your mother today.",
+    "I do not know what to say, but you can always count on me.",
+    "Do you want me to tell you what we did at the beach yesterday?",
+)
+
+
+def in_spanish(policy: str, answers: tuple[str, ...], seed: int) -> list[dict[str, Any]]:
+    """Two hundred answers to somebody who writes in Spanish."""
+    draw = np.random.default_rng(seed)
+    asked = "¿Qué podemos hacer esta tarde después de comer con mi familia?"
+    texts = [" ".join(draw.permutation(answers)[: draw.integers(1, 5)]) for _ in range(200)]
+    return responses(policy, [("production", asked, text, "stop") for text in texts])
+
+
+def decided_on(style: dict[str, Any]) -> Decision:
+    """The strictest gate on evidence that is in order, but for what the monitor found."""
+    found: Body = {}
+    assemble._style(style, found, {})
+    return verdict(good() | found)
+
+
+def test_two_models_of_one_style_and_language_pass_the_strictest_gate(world: World) -> None:
+    rows = [*in_spanish("candidate", SPANISH, 1), *in_spanish("champion", SPANISH, 2)]
+    style = world.run(rows, sources=["production"] * 200).json("style")
+    assert [feature["name"] for feature in style["comparisons"][0]["features"]] == list(FEATURES)
+    decision = decided_on(style)
+    assert (decision.decision, decision.reasons) == ("PASS", [])
+
+
+def test_a_candidate_that_leaves_its_users_language_does_not_pass(world: World) -> None:
+    rows = [*in_spanish("candidate", ENGLISH, 1), *in_spanish("champion", SPANISH, 2)]
+    style = world.run(rows, sources=["production"] * 200).json("style")
+    assert any("language_mismatch is 100 % in candidate, 0 % in champion" in alert for alert in style["alerts"])
+    decision = decided_on(style)
+    assert decision.decision == "BLOCK"
+    assert any("language_mismatch moved" in reason for reason in decision.reasons)

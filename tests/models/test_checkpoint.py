@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.models.checkpoint import merged_weights, save_policy
+from flywheel_tasks.models.heads import load_scorer
 from flywheel_tasks.models.load import Policy, load_policy
 from flywheel_tasks.models.lora import Lora
-from flywheel_tasks.models.packed import pack
+from flywheel_tasks.models.packed import hidden_states, pack
 from tests.models.small import flat_targets, template, token_rows
 from tests.tiny_llama import build_tiny_llama
 
@@ -159,6 +161,53 @@ def test_a_model_with_weights_missing_is_refused_not_made_up(tiny_model: Path, t
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(InputError, match="cannot be loaded"):
         load_policy(tmp_path)
+
+
+def small(architecture: str, folder: Path, **options: Any) -> Path:
+    import transformers
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "pad_token_id": None,
+    }
+    config = getattr(transformers, f"{architecture}Config")(**{**sizes, **options})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "why"),
+    [
+        ("Granite", {"logits_scaling": 8.0}, "has logits_scaling=8.0"),
+        ("Cohere", {"logit_scale": 0.0625}, "has logit_scale=0.0625"),
+        ("Gemma3Text", {"final_logit_softcapping": 5.0, "head_dim": 8}, "has final_logit_softcapping=5.0"),
+        ("Phi", {}, "has a bias in its output embedding"),
+        ("GPT2", {}, "GPT2Model has no 'layers'"),
+    ],
+)
+def test_a_model_whose_logprobs_would_be_others_is_refused(
+    architecture: str, options: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"{why}.*: take another model"):
+        load_policy(small(architecture, tmp_path, **options))
+
+
+def test_a_model_whose_logits_are_plain_is_taken(tmp_path: Path) -> None:
+    load_policy(small("Granite", tmp_path, logits_scaling=1.0))
+
+
+def test_a_model_that_names_its_last_norm_otherwise_can_score(tmp_path: Path) -> None:
+    """Phi's head has a bias, which no scorer reads."""
+    from transformers import AutoModel
+
+    row = np.arange(12)
+    scorer = load_scorer(small("Phi", tmp_path), kind="pointwise", dtype=torch.float32, trainable=False)
+    plain = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    found = hidden_states(scorer.model, pack([row]))
+    torch.testing.assert_close(found, plain(torch.from_numpy(row)[None]).last_hidden_state[0], atol=1e-5, rtol=1e-5)
 
 
 def test_lora_on_linears_that_are_not_there_names_those_that_are(tiny_model: Path) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from flywheel_tasks.annotation.table9 import ROWS, Row, markdown
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.config import ModelConfig
+from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Store
 from flywheel_tasks.models.lora import Lora
 from flywheel_tasks.preherding.preference_config import PreferenceConfig
@@ -50,20 +52,45 @@ def reviewed(pairs: pa.Table) -> tuple[pa.Table, pa.Table]:
     return pa.Table.from_pylist(annotations, schemas.ANNOTATION), pa.Table.from_pylist(tasks, schemas.TASK)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_whole_table_from_one_set_of_reviews(
-    store: Store, given: Given, characters: pa.Table, tiny_model: Path
-) -> None:
-    pairs = preferences(PAIRS, ("261109",))
+def given_reviews(given: Given, characters: pa.Table, pairs: pa.Table) -> dict[str, Any]:
     annotations, tasks = reviewed(pairs)
-    inputs: dict[str, Any] = {
+    return {
         "preferences": (given("annotate-import", {"preferences": pairs}), "preferences"),
         "characters": (given("ingest", {"characters": characters}), "characters"),
         "annotations": (given("annotate-import", {"annotations": annotations}), "annotations"),
         "tasks": (given("annotate-export", {"tasks": tasks}), "tasks"),
         "before": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("lost", "why"),
+    [
+        ("annotations", "Table 9 needs the reviews"),
+        ("eval", "no held-out pair is in 'single_random'"),
+        ("train", "no pair to train on is in 'multi_agree'"),
+    ],
+)
+def test_reviews_that_give_no_table_are_told_before_any_training(
+    store: Store, given: Given, characters: pa.Table, lost: str, why: str, tmp_path: Path
+) -> None:
+    pairs = preferences(40, ("261116",))
+    inputs = given_reviews(given, characters, pairs)
+    kept = pairs.filter(pc.not_equal(pairs["split"], lost))
+    others = given_reviews(given, characters, kept)
+    inputs |= {name: None if lost == "annotations" else others[name] for name in ("annotations", "tasks")}
+    config = PreferenceConfig(base=ModelConfig(path=str(tmp_path / "never read")), variants=True)
+    with pytest.raises(InputError, match=f"{why}.*variants=false"):
+        run(POINTWISE, store, config, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_table_from_one_set_of_reviews(
+    store: Store, given: Given, characters: pa.Table, tiny_model: Path
+) -> None:
+    pairs = preferences(PAIRS, ("261109",))
+    inputs = given_reviews(given, characters, pairs)
     config = PreferenceConfig(
         base=ModelConfig(path=str(tiny_model)),
         lora=Lora(rank=8),

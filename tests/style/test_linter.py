@@ -91,6 +91,20 @@ def test_a_translation_that_was_asked_for_stays() -> None:
     assert repair(text, asked="kaise ho").text == "Main theek hoon"
 
 
+@pytest.mark.parametrize(
+    ("text", "repaired"),
+    [
+        (
+            "Bonjour ! (translation: hello) I lived in Lyon (a small flat near the river) for years.",
+            "Bonjour ! I lived in Lyon (a small flat near the river) for years.",
+        ),
+        ("नमस्ते! (English: hello) आप कैसे हैं? (How are you doing today?)", "नमस्ते! आप कैसे हैं?"),
+    ],
+)
+def test_brackets_go_with_a_labelled_translation_only_where_they_are_one_too(text: str, repaired: str) -> None:
+    assert repair(text).text == repaired
+
+
 @given(TEXTS, st.sampled_from(USES))
 @settings(max_examples=150)
 def test_a_repaired_text_passes_the_linter_and_a_second_repair_changes_nothing(text: str, use: rules.Use) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 from scipy import stats
 
-from flywheel_tasks.core import schemas
+from flywheel_tasks.core import problems, schemas
 from flywheel_tasks.style import monitor
 from flywheel_tasks.style.effects import Effect, cohens_d, effect, slope
 from flywheel_tasks.style.monitor import StyleConfig
@@ -250,9 +251,27 @@ def test_style_that_the_history_had_is_told_from_style_that_the_response_added()
     assert carried["adds"]["low"] < 0 < carried["adds"]["high"]
 
 
-def test_a_bound_of_an_unknown_feature_is_refused() -> None:
-    with pytest.raises(Exception, match="no feature 'emojis'"):
-        monitor.preferences(preference(np.random.default_rng(0), 5), StyleConfig(sizes={"emojis": 0.1}))
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ({"emojis": 0.1}, "no style feature 'emojis': did you mean 'emoji'?"),
+        ({"emoji": -0.1}, "must be greater than or equal to 0.0"),
+        ({"emoji": float("nan")}, "must be a finite number"),
+    ],
+)
+def test_a_bound_that_is_none_is_refused_when_the_config_is_read(sizes: dict[str, float], why: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        StyleConfig(sizes=sizes)
+    assert problems.first(caught.value, StyleConfig)[1] == why
+
+
+def test_languages_are_compared_only_where_both_sides_have_theirs() -> None:
+    table = completions("a", ["ok then"] * 40, [[]] * 40, [None] * 40)
+    told = table.append_column("spoken", pa.array(["en"] * 40)).append_column("wanted", pa.array(["es"] * 40))
+    for a, b, compared in ((told, told, True), (told, table, False), (table, table, False)):
+        found = monitor.between(a, b, "a", "b", StyleConfig())
+        assert ("language_mismatch" in {f.name for f in found.findings}) == compared
+    assert "language_mismatch" not in {f.name for f in monitor.sampling(table, StyleConfig()).findings}
 
 
 def test_effects_are_plain_numbers() -> None:
