@@ -1,8 +1,10 @@
 """annotate-import: what annotators have sent so far becomes annotations, preferences and examples (Sec. 2.2.2, 3.4.1).
 
 It never waits. Reviews of any earlier cycle's tasks are welcome, because the export's ledger holds them all. What an
-earlier import accepted is carried on, so a delivery may be moved away once it was read; one whose bytes were read
-before is not read again. Then every preference is decided anew from all reviews: a late one can still tip a pair.
+earlier import accepted is carried on, so a delivery may be moved away once it was read; bytes that were read before are
+read again only where that may change something: under another batch or ending, where no line found its pair, and once
+more where a classifier failed. A review never counts twice. Then every preference is decided anew from all reviews: a
+late one can still tip a pair.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from flywheel_tasks.annotation.collect import LABELS, Collected, Rule, ballots, collect
+from flywheel_tasks.annotation.contract import questions_of
+from flywheel_tasks.annotation.delivery import Line, lines, read_as
+from flywheel_tasks.annotation.resolve import CARRIED, Resolved, resolve, settle
 from flywheel_tasks.core import ids, schemas
 from flywheel_tasks.core.config import Operational, StageConfig
 from flywheel_tasks.core.manifest import SourceRecord
@@ -59,21 +64,19 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
     examples and interactive sessions go on as prompts where the filter lets the words pass; the report says how far
     annotators agree and who stands out."""
     from flywheel_tasks.annotation import sessions, words
-    from flywheel_tasks.annotation.delivery import Line, lines
-    from flywheel_tasks.annotation.resolve import CARRIED, Resolved, resolve, settle
     from flywheel_tasks.annotation.reviewers import excluded, reviewers
 
     key = ids.user_key()
     ledger = of_others(inputs["tasks"].read(), inputs.forgotten)
     tasks = {row["task_id"]: row for row in ledger.select(_KNOWN).to_pylist()}
-    questions = _questions(inputs)
+    questions = questions_of(inputs.json("export"))
     earlier = inputs.get("earlier")
     everything = earlier.read() if earlier else schemas.get("annotation").empty_table()
     before, forgotten = without(everything, inputs.forgotten, "annotation_id")
     said_before = inputs.json("earlier_report") or {}
     read_before = dict(said_before.get("files", {}))
     contradicted = {name: datetime.fromisoformat(at) for name, at in said_before.get("contradicted", {}).items()}
-    fresh = [record for record in inputs.sources.get("deliveries", ()) if record.sha256 not in read_before]
+    fresh = [record for record in inputs.sources.get("deliveries", ()) if _reading(record) not in read_before]
     arrived: list[Line] = [line for record in fresh for line in lines(record.name, _content(record), out.cycle)]
     written = [resolve(line, tasks, questions, key) for line in arrived]
     resolved, unfit = words.filtered(written, ledger, words.rules(inputs), out.seed)
@@ -93,7 +96,12 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
     collected = collect(voting, ledger, config.agreement, config.fewest_reviews, out.seed)
     examples = _examples(annotations, ledger)
     new = [one for one in settled if one.where != CARRIED]
-    going_on = {mode: _going_on(new, mode, ledger, out.seed, config.most_turns) for mode in sessions.MODES}
+    unjudged, unheard = words.unjudged(unfit), set(said_before.get("unheard", ()))
+    heard = _heard(settled, resolved, unheard)
+    going_on = {mode: _going_on([*new, *heard], mode, ledger, out.seed, config.most_turns) for mode in sessions.MODES}
+    unheard -= _ids([*new, *heard])
+    cut_off = _ids(one for one in new if one.next_message is None)
+    unheard |= cut_off & _ids(one for one in unjudged if one.reason == words.UNHEARD)
     for name, table in {
         "annotations": annotations, "preferences": collected.preferences, "examples": examples, **going_on,
     }.items():  # fmt: skip
@@ -105,7 +113,11 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
     # Words that stay out are rows of their own: the review that they came with is counted where it went.
     rows_in = len(everything) + len(arrived) + len(unfit)
     out.account("review", rows_in=rows_in, rows_out=len(annotations))
-    files = read_before | {record.sha256: record.name for record in fresh}
+    # What could be taken another time is not held as read; words that no classifier judges get one more try.
+    in_part, found_pairs = _files(unjudged), _files(one for one in resolved if one.row)
+    once_more = {_reading(record) for record in fresh if record.name in in_part} - set(said_before.get("once_more", ()))
+    read = {_reading(record): record.name for record in fresh if record.name in found_pairs}
+    files = read_before | {reading: name for reading, name in read.items() if reading not in once_more}
     out.json(
         "report",
         {
@@ -119,6 +131,8 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
             },
             "words_left_out": dict(sorted(Counter(one.reason for one in unfit).items())),
             "files": files,
+            "once_more": sorted(once_more),
+            "unheard": sorted(unheard),
             "contradicted": {name: at.isoformat() for name, at in sorted(contradicted.items())},
             "carried": len(before),
             **_report(annotations, ledger, collected, config),
@@ -129,6 +143,22 @@ def run(inputs: Inputs, config: ImportConfig, out: Output) -> None:
     )
     out.metric("reviews", len(annotations))
     out.metric("preferences", len(collected.preferences))
+
+
+def _heard(settled: Iterable[Resolved], resolved: Iterable[Resolved], unheard: set[str]) -> list[Resolved]:
+    """Earlier reviews whose next message no classifier could judge when it came, with the message as it is now."""
+    said = {one.row["annotation_id"]: one.next_message for one in resolved if one.row and one.next_message}
+    earlier = ((one, one.row["annotation_id"]) for one in settled if one.row and one.where == CARRIED)
+    return [one._replace(next_message=said[name]) for one, name in earlier if name in unheard and name in said]
+
+
+def _ids(found: Iterable[Resolved]) -> set[str]:
+    return {one.row["annotation_id"] for one in found if one.row}
+
+
+def _files(found: Iterable[Resolved]) -> set[str]:
+    """The deliveries that these came in."""
+    return {one.where.rpartition(":")[0] for one in found}
 
 
 def _report(annotations: pa.Table, ledger: pa.Table, collected: Collected, config: ImportConfig) -> dict[str, Any]:
@@ -224,11 +254,9 @@ def _of_earlier_cycles(new: Iterable[Any], tasks: Mapping[str, Mapping[str, Any]
     return sum(sent[one.row["pair_id"]] < cycle for one in new)
 
 
-def _questions(inputs: Inputs) -> dict[str, Any]:
-    """What is asked at present, as the export states it."""
-    from flywheel_tasks.annotation.contract import Question
-
-    return {row["name"]: Question.model_validate(row) for row in inputs.json("export")["questions"]}
+def _reading(record: SourceRecord) -> str:
+    """What a file's lines come to depends on its name's batch and ending too."""
+    return f"{record.sha256} {read_as(record.name)}"
 
 
 def _content(record: SourceRecord) -> bytes:

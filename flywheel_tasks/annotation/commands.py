@@ -69,8 +69,8 @@ def register(app: typer.Typer, settings: Settings) -> None:
         to: Annotated[str, typer.Option("--to", help="Folder or URI of the deliveries that the import reads.")],
         of: Of = "annotate-export",
     ) -> None:
-        """Write the answers so far as deliveries of today's batch, as often as you like: what was read before is
-        known; prints their names."""
+        """Write the answers so far as deliveries of today's batch, one for each server and mode, as often as you like:
+        what was read before is known; prints their names."""
         from flywheel_tasks.annotation import label_studio_server
 
         folder, name = _export(config, cycle, of)
@@ -79,7 +79,7 @@ def register(app: typer.Typer, settings: Settings) -> None:
         if not known:
             raise InputError(f"{server.url} has no project of {name}: run label-push first")
         for mode, project in known.items():
-            file = f"{datetime.now(UTC):%y%m%d}-{mode}-{name}.json"
+            file = f"{datetime.now(UTC):%y%m%d}-{mode}-{name}-{_plain(server.name)}.json"
             Storage(to).put(file, server.export(project.number))
             print(file)
 
@@ -96,7 +96,12 @@ def _export(config: FlywheelConfig, cycle: str, sender: Sender) -> tuple[str, st
 
 
 def _note(export: str, server: str) -> str:
-    return f"{export}/projects-{server.replace(':', '_')}.json"
+    return f"{export}/projects-{_plain(server)}.json"
+
+
+def _plain(server: str) -> str:
+    """A server's name as part of a file's."""
+    return server.replace(":", "_")
 
 
 def _projects(storage: Storage, note: str) -> Projects:

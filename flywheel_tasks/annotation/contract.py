@@ -153,6 +153,11 @@ def core_questions() -> tuple[Question, ...]:
     return tuple(Question.model_validate(row) for row in yaml.safe_load(text))
 
 
+def questions_of(report: Mapping[str, Any]) -> dict[str, Question]:
+    """What is asked at present, as an export's report states it, by name."""
+    return {row["name"]: Question.model_validate(row) for row in report["questions"]}
+
+
 def asked(questions: tuple[Question, ...], mode: str) -> tuple[Question, ...]:
     return tuple(question for question in questions if mode in question.modes)
 

@@ -47,11 +47,21 @@ def batch_of(name: str) -> datetime.datetime | None:
         return None
 
 
+def read_as(name: str) -> str:
+    """All that a delivery's name says about how its lines are read: the batch, and in whose format."""
+    batch = batch_of(name)
+    return ("unnamed" if batch is None else f"{batch:%y%m%d}") + (".json" if _exported(name) else ".jsonl")
+
+
+def _exported(name: str) -> bool:
+    return name.endswith(".json")
+
+
 def lines(name: str, content: bytes, cycle: str) -> Iterator[Line]:
     """Every line of a delivery that is not blank. Batches sort by two digits of the year, so one that is not of the
     cycle's year or of its neighbours is refused: it would be the oldest or the newest for ever."""
     batch = batch_of(name)
-    rows = _label_studio(content) if name.endswith(".json") else _json_lines(content)
+    rows = _label_studio(content) if _exported(name) else _json_lines(content)
     for number, row in rows:
         where = f"{name}:{number}"
         if batch is None:

@@ -46,10 +46,7 @@ def resolve(
     task = ledger.get(review.task_id)
     if task is None:
         return Resolved(line.where, None, reason="unknown_task")
-    if review.digest != task["digest"] or (review.shown and contract.digest(review.shown) != task["digest"]):
-        return Resolved(line.where, None, reason="altered_text", user=task["user"])
-    reason = _answers_wrong(review, task["mode"], questions)
-    if reason:
+    if reason := refusal(review, task, questions):
         return Resolved(line.where, None, reason=reason, user=task["user"])
     sides = {"left": task["left"], "right": "y1" if task["left"] == "y0" else "y0"}
     who = contract.annotator_id(review.annotator, key)
@@ -69,6 +66,13 @@ def resolve(
         "user": task["user"],
     }
     return Resolved(line.where, row, _written(review.next_message), user=task["user"])
+
+
+def refusal(review: Review, task: Mapping[str, Any], questions: Mapping[str, Question]) -> str | None:
+    """Why a review cannot be one of its task (of which `digest` and `mode` are looked at), if it cannot."""
+    if review.digest != task["digest"] or (review.shown and contract.digest(review.shown) != task["digest"]):
+        return "altered_text"
+    return _answers_wrong(review, task["mode"], questions)
 
 
 class Settled(NamedTuple):

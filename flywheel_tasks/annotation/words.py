@@ -24,6 +24,8 @@ from flywheel_tasks.curation.safety import SafetyConfig
 from flywheel_tasks.curation.scrubbing import CLASSIFIER_ERROR, Rules, clean
 
 _BATCH = 2048
+UNHEARD = f"next_message_{CLASSIFIER_ERROR}"
+"""Why a next message stays out that no classifier could judge."""
 Outcome = tuple[str | None, str | None]
 """Of a conversation: its last turn's text as the filter leaves it, or why the filter drops it."""
 
@@ -81,10 +83,16 @@ def _said(resolved: Sequence[Resolved], ledger: pa.Table, seed: int) -> Iterator
             yield _Said(place, "next_message", [*pair["turns"], goes_on, {"role": "user", "content": one.next_message}])
 
 
+def unjudged(unfit: Sequence[Resolved]) -> list[Resolved]:
+    """Those refusals that say nothing about the words: the classifier failed, and may do better another time."""
+    return [one for one in unfit if (one.reason or "").endswith(CLASSIFIER_ERROR)]
+
+
 def _cleaned(conversations: Sequence[list[dict[str, Any]]], of_filter: Rules) -> list[Outcome]:
     found = _outcomes(conversations, of_filter)
     if any(reason == CLASSIFIER_ERROR for _, reason in found):
-        # A delivery is read once: what a guard that is down could not judge would be lost, and nobody would know.
+        # A delivery is read once more at most: what a guard that stays down could not judge would be lost, and nobody
+        # would know.
         (_, silent), *_ = _outcomes([[{"role": "user", "content": "Good morning!"}]], of_filter)
         if silent:
             raise FlywheelError(

@@ -125,6 +125,25 @@ def test_an_export_goes_out_once_and_its_answers_come_back(
     assert set(imported.manifest.rows.reasons) <= {"duplicate"}
 
 
+def test_two_servers_answers_of_one_day_both_come_back(
+    world: worlds.World, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLYWHEEL_LABEL_STUDIO_TOKEN", "right")
+    tasks, urls = world.tasks(), (server, server.replace("127.0.0.1", "localhost"))
+    for url in urls:
+        assert command(world, "label-push", "--cycle", CYCLE, "--url", url).exit_code == 0
+    for url, mine in zip(urls, (tasks[:5], tasks[5:]), strict=True):
+        Projects.answers.clear()
+        for task in mine:
+            review = worlds.line(task)
+            Projects.answers[task.task_id] = [
+                {"completed_by": 7, "result": results(review), "created_at": review.at.isoformat(), "lead_time": 9.0}
+            ]
+        pulled = command(world, "label-pull", "--cycle", CYCLE, "--url", url, "--to", str(world.inbox))
+        assert pulled.exit_code == 0, pulled.stderr
+    assert world.collect(CYCLE).table("annotations").rows == len(tasks)
+
+
 @pytest.mark.parametrize("mishap", [(n, how) for n in (1, 2, 3, 4) for how in ("refused", "unanswered")])
 def test_a_push_that_broke_goes_on_where_it_stopped(
     world: worlds.World, server: str, monkeypatch: pytest.MonkeyPatch, mishap: tuple[int, str]

@@ -201,6 +201,44 @@ def test_a_delivery_without_a_batch_is_refused_line_by_line(world: worlds.World,
     assert (len(annotations(world)), reasons(world)) == (1, {"batch_unnamed": 4})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("vendor-261118.jsonl", "261118-vendor.jsonl"), ("621118-vendor.jsonl", "261118-vendor.jsonl"),
+        ("260118-vendor.jsonl", "261118-vendor.jsonl"), ("261118-vendor.json", "261118-vendor.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_delivery_that_was_named_wrongly_is_read_under_its_right_name(
+    world: worlds.World, wrong: str, right: str
+) -> None:
+    """By the next import, whether it was renamed or copied; and an import after that reads neither again."""
+    early = line(world.tasks()[0], at=dt.datetime(2026, 1, 18, tzinfo=dt.UTC))
+    found = [early, *(line(task) for task in world.tasks()[1:])]
+    first = write(world.inbox, wrong, found)
+    world.collect(CYCLE)
+    assert len(annotations(world)) == (1 if wrong.startswith("2601") else 0)
+    second = write(world.inbox, right, found)
+    world.collect("2026-W48", [first, second])
+    assert len(annotations(world)) == len(found)
+    preferences = world.imports[-1].table("preferences").read()
+    assert preferences["n_reviews"].to_pylist() == [1] * len(found), "no review counts twice"
+    world.collect("2026-W49", [second])
+    assert (len(annotations(world)), reasons(world)) == (len(found), {})
+
+
+def test_an_earlier_cycle_that_is_imported_late_leaves_the_later_ones_reviews_to_them(world: worlds.World) -> None:
+    earlier = world.exports[-1]
+    old = {task.task_id for task in world.tasks()}
+    later = world.export(worlds.pairs(9, seed=5), "2026-W48")
+    write(world.inbox, "261125-a.jsonl", [line(task) for task in world.tasks() if task.task_id not in old])
+    world.exports.append(earlier)
+    world.collect(CYCLE)
+    assert reasons(world) == {"unknown_task": 9}
+    world.exports.append(later)
+    world.collect("2026-W48")
+    assert (len(annotations(world)), reasons(world)) == (9, {})
+
+
 def test_rewrites_become_examples_that_train_on_the_rewrite_alone(world: worlds.World) -> None:
     ledger = {row["task_id"]: row for row in world.exports[0].table("tasks").read().to_pylist()}
     tasks = world.tasks()

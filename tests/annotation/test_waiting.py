@@ -30,9 +30,31 @@ def test_only_different_people_on_this_exports_tasks_count(tmp_path, user_key) -
     rows.append(worlds.line(two, "z", task_id="t-of-another-week"))
     path = worlds.write(world.inbox, "261118-a.jsonl", rows)
     path.write_bytes(path.read_bytes() + b"broken\n")
-    asked = {task.task_id: task.reviewers for task in world.tasks()}
-    found = waiting.arrived(asked, waiting.said(delivery.lines(path.name, path.read_bytes(), "2026-W47")))
-    assert found == Arrived(3 * len(asked), 3 + 1)
+    sent = waiting.sent(world.exports[0])
+    found = waiting.arrived(sent.tasks, waiting.said(delivery.lines(path.name, path.read_bytes(), "2026-W47"), sent))
+    assert found == Arrived(3 * len(sent.tasks), 3 + 1)
+
+
+@pytest.mark.parametrize("modes", [{"static": 1.0}, {"steerability": 1.0}])
+def test_a_review_that_the_import_will_refuse_is_not_counted(
+    tmp_path: Path, user_key: bytes, monkeypatch: pytest.MonkeyPatch, modes: dict[str, float]
+) -> None:
+    world = worlds.World(tmp_path)
+    export = world.export(worlds.pairs(9, modes=modes), "2026-W47")
+    first, second, *others = world.tasks()
+    altered = first.shown.model_copy(update={"left": first.shown.right, "right": first.shown.left})
+    # Complete in the static mode; steerability mandates `violation` too.
+    core = [answer for answer in worlds.line(first).answers if answer.question != "violation"]
+    rows = [worlds.line(task, "trimmed", digest="0" * 64) for task in world.tasks()]
+    rows += [worlds.line(task, "hurried", answers=()) for task in world.tasks()]
+    rows += [worlds.line(first, "swapped", shown=altered), worlds.line(second, "core only", answers=core)]
+    rows += [worlds.line(task, "ann") for task in others]
+    worlds.write(world.inbox, "261118-a.jsonl", rows)
+    with monkeypatch.context() as triggerer:
+        triggerer.delenv("FLYWHEEL_USER_KEY")
+        there = Inbox(world.store.uri, export.uri, [f"{world.inbox}/*.jsonl"]).look().there
+    assert there == world.collect("2026-W47").table("annotations").rows
+    assert there == len(others) + ("static" in modes)
 
 
 def test_the_inbox_counts_this_cycles_tasks_and_reads_a_delivery_once(

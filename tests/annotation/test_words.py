@@ -133,11 +133,11 @@ def test_words_that_were_left_out_can_come_again_mended_and_votes_survive_anothe
 class Guard(BaseHTTPRequestHandler):
     """A guard model's endpoint: it can be down, and it chokes on one text."""
 
-    up = True
+    up, chokes = True, True
 
     def do_POST(self) -> None:
         asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        answer = "unsafe\nS1" if "bomb" in asked else "as an AI model I" if "odd" in asked else "safe"
+        answer = "unsafe\nS1" if "bomb" in asked else "as an AI model I" if "odd" in asked and Guard.chokes else "safe"
         said = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
         self.send_response(200 if Guard.up else 503)
         self.send_header("Content-Length", str(len(said)))
@@ -150,10 +150,12 @@ class Guard(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def guard() -> Iterator[dict[str, Any]]:
-    Guard.up = True
+    Guard.up = Guard.chokes = True
     with HTTPServer(("127.0.0.1", 0), Guard) as http:
         Thread(target=http.serve_forever, daemon=True).start()
-        yield {"classifier": "guard-http", "guard_url": f"http://127.0.0.1:{http.server_port}", "guard_model": "g"}
+        url = f"http://127.0.0.1:{http.server_port}"
+        # One at a time, as this server answers: a connection refused by a full queue would be a text not judged.
+        yield {"classifier": "guard-http", "guard_url": url, "guard_model": "g", "guard_parallel": 1}
         http.shutdown()
 
 
@@ -172,3 +174,42 @@ def test_a_guard_that_is_down_stops_the_import_and_one_text_that_it_cannot_judge
     assert dict(imported.manifest.rows.reasons) == {"rewrite_classifier_error": 1, "rewrite_unsafe_response": 1}
     (example,) = imported.table("examples").read().to_pylist()
     assert example["messages"][-1]["content"] == "Come in."
+
+
+def test_words_that_the_guard_missed_are_read_once_more_and_the_votes_count_once(
+    tmp_path, user_key, guard: dict[str, Any]
+) -> None:
+    world = world_of(tmp_path, "interactive", safety=guard)
+    one, two, three, *_ = train_tasks(world)
+    rows = [line(one, rewrite="An odd one."), line(two, next_message="How odd!"), line(three, next_message="Go on!")]
+    write(world.inbox, "261118-a.jsonl", rows)
+    first = world.collect(CYCLE)
+    assert [first.table(name).rows for name in ("annotations", "examples", "interactive")] == [3, 0, 1]
+    Guard.chokes = False
+    second = world.collect("2026-W48")
+    assert [second.table(name).rows for name in ("annotations", "examples", "interactive")] == [3, 1, 1]
+    said = [session["turns"][-1]["content"] for session in second.table("interactive").read().to_pylist()]
+    assert said == ["How odd!"]
+    third = world.collect("2026-W49")
+    assert [third.table(name).rows for name in ("annotations", "examples", "interactive")] == [3, 1, 0]
+    assert third.json("report")["deliveries"]["read"] == 0
+
+
+def test_words_that_the_guard_never_can_judge_are_tried_twice(tmp_path, user_key, guard: dict[str, Any]) -> None:
+    world = world_of(tmp_path, "interactive", safety=guard)
+    write(world.inbox, "261118-a.jsonl", [line(task, next_message="How odd!") for task in train_tasks(world)])
+    read = [world.collect(f"2026-W{week}").json("report")["deliveries"]["read"] for week in (47, 48, 49)]
+    assert read == [1, 1, 0]
+
+
+def test_a_session_that_went_on_does_not_go_on_again_where_the_guard_misses_its_message_later(
+    tmp_path, user_key, guard: dict[str, Any]
+) -> None:
+    world = world_of(tmp_path, "interactive", safety=guard)
+    task, *_ = train_tasks(world)
+    found = []
+    for week, chokes in ((47, False), (48, True), (49, False)):
+        Guard.chokes = chokes
+        write(world.inbox, f"261118-{week}.jsonl", [line(task, next_message="How odd!")] * week)
+        found.append(world.collect(f"2026-W{week}").table("interactive").rows)
+    assert found == [1, 0, 0]
