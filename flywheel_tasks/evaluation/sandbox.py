@@ -1,7 +1,9 @@
 """Run a generated program where it can do no harm: no network, nothing writable but a small memory disk, hard limits.
 
-The child enters its own user, mount, network, IPC and process namespaces, turns the file system read-only, sets limits
-on CPU, memory, files and processes, and only then reads the program. Where the kernel refuses any of it, nothing runs.
+The child enters its own user, mount, network, IPC and process namespaces. Its root is the memory disk; of the machine's
+files it sees only those that Python needs (`/usr`, `/lib`, the folder of the standard library), read-only, and so
+nobody's socket, pipe or device. It sets limits on CPU, memory, files and processes, and only then runs the program.
+Where the kernel refuses any of it, nothing runs.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import tracemalloc
@@ -32,6 +33,9 @@ def _kernel() -> None:
         "import collections, itertools, re, heapq, typing, functools",
         "open('scratch', 'w').write('x')\nassert open('scratch').read() == 'x'",
         "print('a' * 100_000)",
+        "import bz2, ctypes, decimal, hashlib, lzma, pyexpat, unittest, zlib",
+        "import tempfile\nwith tempfile.NamedTemporaryFile() as file:\n    file.write(b'x')",
+        "import os, sys\nassert sys.stdin.read() == ''\nassert open(os.devnull, 'w').write('x') == 1",
     ],
 )
 def test_an_honest_program_passes(program: str) -> None:
@@ -60,7 +64,8 @@ def test_nothing_outside_is_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     target = tmp_path / "evil"
     home = Path(__file__).parent / "evil"
-    for path in (target, home, Path("/dev/shm/evil"), Path("/var/tmp/evil")):
+    library = Path(os.__file__).with_name("evil")
+    for path in (target, home, library, Path("/dev/shm/evil"), Path("/var/tmp/evil")):
         assert passes(f"open({str(path)!r}, 'w').write('x')", LIMITS) == "failed"
         assert not path.exists()
 
@@ -71,8 +76,8 @@ def test_the_walls_cannot_be_taken_down_from_inside(tmp_path: Path) -> None:
 import ctypes, struct
 libc = ctypes.CDLL(None, use_errno=True)
 attributes = struct.pack("QQQQ", 0, 1, 0, 0)
-assert libc.syscall(442, -100, b"/", 0x8000, attributes, len(attributes)) != 0
-assert libc.mount(b"tmpfs", b"/mnt", b"tmpfs", 0, None) != 0
+assert libc.syscall(442, -100, b"/usr", 0x8000, attributes, len(attributes)) != 0
+assert libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None) != 0
 assert libc.unshare(0x40000000) != 0
 open({str(tmp_path / "evil")!r}, "w")
 """
@@ -89,6 +94,37 @@ def test_there_is_no_network() -> None:
         server.settimeout(0.2)
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_it_can_talk_to_nobody_on_this_machine(tmp_path: Path) -> None:
+    """A socket, a pipe or a device that its user may open would be a way out, past any read-only mount."""
+    tmp_path.chmod(0o777)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        server.listen()
+        code = f"import socket\nsocket.socket(socket.AF_UNIX).connect({server.getsockname()!r})"
+        assert passes(code, LIMITS) == "failed"
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    ear = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert passes(f"open({str(pipe)!r}, 'w').write('x')", LIMITS) == "failed"
+        assert os.read(ear, 1) == b""
+    finally:
+        os.close(ear)
+    assert passes("open('/dev/zero', 'rb')", LIMITS) == "failed"
+
+
+def test_it_sees_no_file_but_those_of_python(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    for path in (secret, Path(__file__), Path("/etc/passwd"), Path("/proc/self/environ")):
+        assert path.exists()
+        assert passes(f"open({str(path)!r})", LIMITS) == "failed"
 
 
 def test_a_loop_and_a_fork_bomb_end() -> None:
