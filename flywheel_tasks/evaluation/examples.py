@@ -29,12 +29,13 @@ def side_by_side(
     ranked = known[np.argsort(gap[known], kind="stable")]
     rng = np.random.default_rng(seed)
     chosen: dict[int, str] = {}
-    for index in ranked[::-1][:extreme]:
+    for index in ranked[gap[ranked] > 0][::-1][:extreme]:
         chosen.setdefault(int(index), "candidate furthest ahead")
-    for index in ranked[:extreme]:
+    for index in ranked[gap[ranked] < 0][:extreme]:
         chosen.setdefault(int(index), "champion furthest ahead")
-    for index in rng.permutation(pairs)[: drawn + len(chosen)]:
-        if len(chosen) < 2 * extreme + drawn:
+    most = len(chosen) + drawn
+    for index in rng.permutation(pairs)[:most]:
+        if len(chosen) < most:
             chosen.setdefault(int(index), "drawn at random")
     rows = pa.array(list(chosen), pa.int64())
     candidate, champion = (side.take(rows).to_pylist() for side in (matched.candidate, matched.champion))

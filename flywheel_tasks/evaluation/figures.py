@@ -12,6 +12,8 @@ from flywheel_tasks.evaluation.history import CHARACTERISTICS, COMPARISON, Numbe
 GOOD, BAD, OPEN, INK, SOFT = "#1b7837", "#b2182b", "#6b7280", "#1c2430", "#8a94a3"
 COLOURS = {"pointwise_internal": "#2166ac", "pointwise_user": "#d9730d", "pairwise_user": "#7b3294"}
 REWARD = tuple(row for row in COMPARISON if row.name in COLOURS)
+MARK = "†"
+"""Stands beside a number that may be looked at but not decide."""
 LINES = (("ideal", SOFT, ":"), ("hold", "#b26a00", "--"), ("block", BAD, "-"))
 DOUBTFUL, TOO_GOOD = {"color": "#f6b26b", "alpha": 0.25}, {"color": "#e06666", "alpha": 0.22}
 
@@ -71,7 +73,8 @@ def figure_8(versions: Sequence[Version]) -> bytes:
 
 
 def figure_10(versions: Sequence[Version]) -> bytes:
-    """Twelve response characteristics over the versions, each with its relative change from the first to the last."""
+    """Twelve response characteristics over the versions, each with its relative change from the first to the last,
+    which has a colour where every number of it may decide."""
     figure, panels = _canvas(4, 3, (10.8, 10.2))
     names = [plain(v.name)[:16] for v in versions]
     step = max(1, len(names) // 8)
@@ -183,7 +186,8 @@ def _growth(axes: Any, versions: Sequence[Version]) -> None:
 
 def _trend(axes: Any, row: Row, versions: Sequence[Version]) -> None:
     points = [(x, v.numbers[row.name]) for x, v in enumerate(versions) if row.name in v.numbers]
-    axes.set_title(row.label, loc="left", fontsize=9.5)
+    unproven = any(n.why for _, n in points)
+    axes.set_title(f"{row.label} {MARK}" if unproven else row.label, loc="left", fontsize=9.5)
     if not points:
         _nothing(axes, "not measured")
         return
@@ -196,7 +200,7 @@ def _trend(axes: Any, row: Row, versions: Sequence[Version]) -> None:
     axes.set_ylabel("%" if row.unit == "share" else row.unit, fontsize=8)
     if len(ys) > 1 and ys[0]:
         change = 100 * (ys[-1] / ys[0] - 1)
-        better = None if not row.good else (change > 0) == (row.good == "up")
+        better = None if unproven or not row.good else (change > 0) == (row.good == "up")
         colour = OPEN if better is None or abs(change) < 0.05 else GOOD if better else BAD
         axes.set_title(f"{change:+.1f} %", loc="right", fontsize=9.5, color=colour)
 

@@ -21,6 +21,8 @@ class Number(NamedTuple):
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    why: str = ""
+    """Why it may be looked at but not decide; empty where it may."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Version:
 
     name: str
     date: str = ""
+    """Of its release, where it was released."""
     numbers: Mapping[str, Number] = field(default_factory=dict)
     before: Mapping[str, Number] = field(default_factory=dict)
     """The champion's numbers on the same prompts."""
@@ -175,6 +178,8 @@ def of_cycle(store: Store, cycle: str) -> Version:
     from flywheel_tasks.release.ledger import read
 
     numbers, before, level = dict[str, Number](), dict[str, Number](), None
+    state = read(store.storage)
+    crowned = [entry.at for entry in state.entries if (entry.cycle, entry.action) == (cycle, "crown")]
     gate, promotion = store.pointed(cycle, "gate"), store.pointed(cycle, "promote")
     decision = gate.json("decision") if gate else {}
     for later in (c for c in store.cycles() if c >= cycle):
@@ -192,13 +197,13 @@ def of_cycle(store: Store, cycle: str) -> Version:
     judged = GateConfig.model_validate({name: config[name] for name in LINES if name in config})
     return Version(
         name=cycle,
-        date=f"{gate.manifest.finished:%Y-%m-%d}" if gate else "",
+        date=f"{crowned[-1]:%Y-%m-%d}" if state.released(cycle) else "",
         numbers=numbers,
         before=before,
         decision=decision.get("decision"),
         reasons=tuple(decision.get("reasons", ())),
         outcome=promotion.json("promotion")["outcome"] if promotion else None,
-        released=read(store.storage).released(cycle),
+        released=state.released(cycle),
         candidate=decision.get("candidate"),
         champion=decision.get("champion"),
         win_rate=judged.win_rate,
@@ -221,7 +226,10 @@ def _lifts(readout: Mapping[str, Any]) -> dict[str, Number]:
 
 def _number(found: Mapping[str, Any], key: str) -> Number | None:
     value = found.get(key)
-    return None if value is None else Number(float(value), found.get("low"), found.get("high"), found.get("n"))
+    if value is None:
+        return None
+    why = "" if found.get("can_gate", True) else str(found.get("why") or "its judge can't gate")
+    return Number(float(value), found.get("low"), found.get("high"), found.get("n"), why)
 
 
 def _win_rates(artifact: Artifact, numbers: dict[str, Number], before: dict[str, Number]) -> None:

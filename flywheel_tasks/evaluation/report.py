@@ -47,6 +47,8 @@ def write(versions: Sequence[Version], page: Page, out: Path) -> list[Path]:
         cards=_cards(versions[-1]) if versions else [],
         changes=_changes(versions[-1]) if versions else [],
         table=_table(list(versions)),
+        mark=figures.MARK,
+        unproven=sorted({number.why for v in versions for number in v.numbers.values() if number.why}),
         images={name: base64.b64encode(data).decode() for name, data in images.items()},
         ledger=list(page.ledger),
         examples=list(page.examples),
@@ -114,17 +116,17 @@ def _examples(store: Store, cycle: str) -> list[dict[str, Any]]:
     return side_by_side(winrate.table("scored").read(), sources)
 
 
-def _cards(version: Version) -> list[dict[str, str]]:
+def _cards(version: Version) -> list[dict[str, Any]]:
     """The few numbers that a reader wants first."""
     rows = [row for rows in groups([version]).values() for row in rows]
     first = ("pointwise_internal", "pointwise_user", "pairwise_user", "breadth", "depth", "instruction_violation")
     shown = [row for name in first for row in rows if row.name == name]
     cards = [
-        {"value": _text(version.numbers[r.name], r), "label": r.label, "note": _span(version.numbers[r.name], r)}
-        for r in shown
+        {"value": _text(number, r), "label": r.label, "notes": [n for n in (_span(number, r), number.why) if n]}
+        for r, number in ((r, version.numbers[r.name]) for r in shown)
     ]
     models = {"candidate": version.candidate, "champion": version.champion}
-    return cards + [{"value": _short(name), "label": role, "note": ""} for role, name in models.items() if name]
+    return cards + [{"value": _short(name), "label": role, "notes": []} for role, name in models.items() if name]
 
 
 def _short(model: str) -> str:
@@ -136,7 +138,8 @@ def _short(model: str) -> str:
 
 
 def _changes(version: Version) -> list[dict[str, str]]:
-    """Every metric of both models, with the interval of the change where both have one."""
+    """Every metric of both models, with the interval of the change where both have one; a change between numbers that
+    can't decide is no better and no worse."""
     languages = [
         Row(n, f"Language match ({n.removeprefix(LANGUAGE)})", "up")
         for n in sorted(version.numbers)
@@ -148,18 +151,18 @@ def _changes(version: Version) -> list[dict[str, str]]:
         if now is None or before is None:
             continue
         scale, change = (100 if row.unit == "share" else 1), now.value - before.value
-        interval, tone = "", ""
+        interval, tone, why = "", "", now.why or before.why
         if None not in (now.low, now.high, before.low, before.high) and row.unit == "share":
             low, high = difference(
                 now.value, (now.low or 0, now.high or 0), before.value, (before.low or 0, before.high or 0)
             )
             interval = f"{100 * low:+.1f} … {100 * high:+.1f}"
-            certain = low > 0 or high < 0
+            certain = (low > 0 or high < 0) and not why
             tone = "" if not certain or not row.good else "up" if (change > 0) == (row.good == "up") else "down"
         found.append(
             {
                 "label": row.label, "before": _text(before, row), "now": _text(now, row),
-                "change": f"{scale * change:+.1f}", "interval": interval, "tone": tone,
+                "change": f"{scale * change:+.1f}", "interval": interval, "tone": tone, "why": why,
             }
         )  # fmt: skip
     return found
@@ -190,11 +193,12 @@ def _cell(version: Version, row: Row) -> dict[str, str]:
 
 
 def _text(number: Number, row: Row) -> str:
-    return {
+    text = {
         "share": f"{100 * number.value:.1f} %",
         "lift": f"{number.value:+.2f} %",
         "tokens": f"{number.value:.1f}",
     }[row.unit]
+    return f"{text} {figures.MARK}" if number.why else text
 
 
 def _span(number: Number, row: Row) -> str:

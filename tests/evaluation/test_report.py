@@ -85,7 +85,9 @@ def test_what_is_missing_leaves_a_gap_and_no_nan(left_out: str, tmp_path: Path) 
     whole = version("2026-W46")
     half = {n: Number(v.value) for i, (n, v) in enumerate(whole.numbers.items()) if i % 2}
     kept = {"numbers": {}, "before": whole.numbers, "half": half}[left_out]
-    html = write([whole, Version("2026-W47", "", kept, {} if left_out == "before" else whole.before)], tmp_path)
+    html = write(
+        [whole, Version("2026-W47", "2026-11-27", kept, {} if left_out == "before" else whole.before)], tmp_path
+    )
     check_safe(html)
     assert not re.search(r"\bnan\b|\binf\b|None", re.sub(r"base64,[^\"]*", "", html))
     assert ("–" in html) == (left_out != "before")
@@ -137,6 +139,42 @@ def test_examples_are_the_extremes_and_some_at_random() -> None:
         table.schema.get_field_index("scores"), "scores", pa.array([[]] * 60, table.schema.field("scores").type)
     )
     assert {e["why"] for e in side_by_side(unscored, sources)} == {"drawn at random"}
+
+
+@pytest.mark.parametrize(("gap", "ahead"), [(1.0, {"candidate"}), (-1.0, {"champion"}), (0.0, set())])
+def test_nobody_is_ahead_where_the_other_scored_higher(gap: float, ahead: set[str]) -> None:
+    """The lowest gap of a candidate that won every pair is still a pair that it won."""
+    rows = [row for i in range(9) for row in both(f"p{i}")]
+    for row in rows:
+        score = gap * (1 + int(row["prompt_id"][1:])) if row["policy"] == "candidate" else 0.0
+        row["scores"] = [{"name": "pointwise", "value": score}]
+    table = pa.Table.from_pylist(rows, schema=schemas.COMPLETION)
+    found = side_by_side(table, prompts(*((f"p{i}", "production") for i in range(9))))
+    assert {e["why"].split()[0] for e in found if "ahead" in e["why"]} == ahead
+    assert [e["why"] for e in found].count("drawn at random") == 3
+
+
+WHY = "unvalidated: no human labels were compared with 'judge <b>7</b>'"
+
+
+@pytest.mark.parametrize("why", ["", WHY])
+def test_a_number_that_cannot_decide_says_so_and_has_no_colour(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, before = Number(0.05, 0.03, 0.07, 2000, why), Number(0.2, 0.18, 0.22, 2000, why)
+    judged = Version("2026-W48", numbers={"instruction_violation": now}, before={"instruction_violation": before})
+    page = write([judged], tmp_path)
+    check_safe(page)
+    html = re.sub(r"base64,[^\"]*", "", page)
+    said, rows = html.count("unvalidated"), [line for line in html.splitlines() if "<td>Instruction violation" in line]
+    assert said == (3 if why else 0), "on its card, beside the change, and below the table"
+    assert all(("5.0 % †" in row) is bool(why) for row in rows)
+    assert ('class="num up"' in rows[0]) is not bool(why)
+    monkeypatch.setattr(figures, "_png", lambda figure: figure)
+    earlier = Version("2026-W47", numbers={"instruction_violation": before})
+    axes = figures.figure_10([earlier, judged]).axes[9]  # type: ignore[attr-defined]
+    assert axes.get_title(loc="left") == ("Instruction violation †" if why else "Instruction violation")
+    assert axes._right_title.get_color() == (figures.OPEN if why else figures.GOOD)
 
 
 def test_figures_are_the_same_bytes_every_time() -> None:
