@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flywheel_tasks import demo_week as week
-from flywheel_tasks.core import ids
+from flywheel_tasks.core import ids, terminal
 from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.core.store import Artifact
 from flywheel_tasks.demo_airflow import Airflow, Run, Say, Task
@@ -197,11 +197,8 @@ def show(run: Run) -> None:
 
 def climb(turns: list[Turn]) -> None:
     """The wheel, turn by turn: the then champion's true chance of an answer, and what became of its challenger."""
-    from rich.console import Console
-    from rich.table import Table
-
     head = ("cycle", "champion's truth", "gate", "candidate's truth", "depth (Fieller's set)", "verdict", "crowned")
-    table = Table(*head, box=None, pad_edge=False, title="The climb", title_justify="left")
+    rows = []
     for done in turns:
         mine = list(week.truth(state_dir() / "demo" / done.cycle).values())
         both = list(week.truth(week.ab_folder(done.cycle)).values())
@@ -209,9 +206,9 @@ def climb(turns: list[Turn]) -> None:
         depth = read.get("comparisons", {}).get("test", {}).get("depth")
         verdicts = [d["verdict"] for d in read.get("decisions", [])]
         decided = gate(done.cycle)["decision"] if done.run.state == "success" else "-"
-        table.add_row(
+        rows.append((
             done.cycle, shown(both[0] if both else mine[0]) if both or mine else "-", decided,
             shown(both[1]) if len(both) > 1 else "-", week.lift(depth) if depth else "-", ", ".join(verdicts) or "-",
             "yes" if week.crowned(done.cycle) else "no",
-        )  # fmt: skip
-    Console(width=150).print("\n", table, sep="")
+        ))  # fmt: skip
+    terminal.show(terminal.Table(head, rows, "The climb"))

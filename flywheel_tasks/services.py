@@ -243,7 +243,7 @@ def _joined(say: Callable[[str], None], lock: IO[str]) -> Endpoints | None:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return None
-        if file.exists():
+        with contextlib.suppress(FileNotFoundError):
             endpoints = Endpoints(**json.loads(file.read_text()))
             say(f"Already running (process {endpoints.pid}).")
             return endpoints

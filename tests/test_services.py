@@ -16,6 +16,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import psutil
@@ -160,6 +161,15 @@ def test_who_waits_for_services_that_are_stopping_starts_its_own(home: Path):
     with open(home / "services.lock", "w") as lock:
         assert services._joined(print, lock) is None
     assert holder.wait() == 0
+
+
+def test_an_address_that_is_taken_away_while_it_is_looked_for_is_no_error(home: Path, monkeypatch: pytest.MonkeyPatch):
+    (services.state_dir() / "services.json").touch()
+    monkeypatch.setattr(services.fcntl, "flock", held := mock.Mock(side_effect=[BlockingIOError, None]))
+    monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=FileNotFoundError))
+    with open(home / "services.lock", "w") as lock:
+        assert services._joined(print, lock) is None
+    assert held.call_count == 2
 
 
 def test_a_process_that_ends_while_it_is_stopped_is_no_error(monkeypatch: pytest.MonkeyPatch):

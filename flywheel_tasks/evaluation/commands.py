@@ -98,6 +98,8 @@ def _report(out: Path, cycle: str | None, csv: Path | None, examples: bool, log:
     from flywheel_tasks.evaluation.history import from_csv, from_store
 
     new_folder(out, "--out")
+    if csv and (cycle or log):
+        raise InputError(f"--history {csv}: {'--cycle' if cycle else '--log'} is about a store: leave one of them out")
     if csv:
         versions, page = from_csv(csv), report.Page(source=csv.name)
     else:
@@ -105,7 +107,7 @@ def _report(out: Path, cycle: str | None, csv: Path | None, examples: bool, log:
         versions = [v for v in from_store(store) if cycle is None or v.name <= ids.cycle_id(cycle)]
         page = report.page_of(store, versions, examples=examples)
     written = report.write(versions, page, out)
-    if log and versions and not csv:
+    if log and versions:
         report.log(versions, page._replace(examples=()), config.tracking.uri)
     print(written[0])
 

@@ -1,4 +1,4 @@
-"""`flywheel gate` as a stranger uses it: exit codes, JSON, one-line errors, the page, the back-test."""
+"""`flywheel gate` and `report` as a stranger uses them: exit codes, JSON, one-line errors, the page, the back-test."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def _main() -> None:
     """A second command makes `gate` a name, as in the real command line."""
 
 
-def invoke(*arguments: Any, stdin: str | None = None) -> Any:
-    return CliRunner().invoke(APP, ["gate", *map(str, arguments)], input=stdin)
+def invoke(*arguments: Any, stdin: str | None = None, command: str = "gate") -> Any:
+    return CliRunner().invoke(APP, [command, *map(str, arguments)], input=stdin)
 
 
 def document(folder: Path, body: Any) -> Path:
@@ -147,3 +147,14 @@ def test_the_page_gives_a_value_in_the_unit_of_its_threshold(tmp_path: Path) -> 
     page = tmp_path / "gate.html"
     invoke("--evidence", document(tmp_path, {"rm_win_rate": {"pointwise_user": rate(0.66)}}), "--page", page)
     assert '<td class="num">66.0 %</td><td>HOLD &gt;= 65.0 %' in page.read_text()
+
+
+@pytest.mark.parametrize("option", [("--cycle", "2026-W47"), ("--log",)])
+def test_a_report_on_a_file_takes_no_option_about_a_store(
+    data_dir: Path, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    out, history = tmp_path / "out", data_dir / "paper/table10.csv"
+    found = invoke("--out", out, "--history", history, *option, command="report")
+    assert (found.exit_code, f"{option[0]} is about a store" in found.stderr) == (2, True)
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert not out.exists()
