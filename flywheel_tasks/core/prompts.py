@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,4 +26,7 @@ def at_most(prompts: pa.Table, most: int | None, seed: int) -> tuple[pa.Table, p
         return prompts, prompts.slice(0, 0)
     digests = [hashlib.blake2b(f"{seed}\0{p}".encode()).digest() for p in prompts["prompt_id"].to_pylist()]
     order = sorted(range(len(digests)), key=digests.__getitem__)
-    return prompts.take(sorted(order[:most])), prompts.take(sorted(order[most:]))
+    chosen = np.zeros(prompts.num_rows, bool)
+    chosen[order[:most]] = True
+    # Not `take`, which joins all text of a column: Arrow can't beyond 2 GiB.
+    return prompts.filter(pa.array(chosen)), prompts.filter(pa.array(~chosen))

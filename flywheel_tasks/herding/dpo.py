@@ -76,9 +76,11 @@ def run(inputs: Inputs, config: DpoConfig, out: Output) -> None:
         lora=config.lora,
         seed=out.seed,
     )
-    training = learn(task, [encoded.table], config, out)
     trained = used.filter(pc.is_in(used["preference_id"], encoded.table["row_id"].combine_chunks()))
-    watch = moved.Watch(base, moved.prompts_of(trained, config.watch.prompts), cards, config.watch, out.seed)
+    watch = moved.Watch(base, moved.prompts_of(trained), cards, config.watch, out.seed)
+    if trained.num_rows and config.serving.engine.context:
+        watch.choose(config.serving.engine.context)
+    training = learn(task, [encoded.table], config, out)
     served = exported.prove(out, training["steps"], config.serving, watch.look)
     with exported.serve(base, config.serving) as start:
         distance = watch.against(start)

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from flywheel_tasks.core import schemas
 from flywheel_tasks.core.errors import ConfigError, InputError
-from flywheel_tasks.training.rows import Encoded
+from flywheel_tasks.training.rows import Encoded, take
 
 _ONE = 1e-6
+_PIECE = 1024
 
 
 def check(ratios: Mapping[str, float]) -> None:
@@ -85,13 +86,14 @@ def encoded(
     A row that is refused (too long for the context, say) leaves and the next one of its source takes its place, so the
     ratios hold for what is trained; only what is drawn is ever tokenised.
     """
-    names = examples["example_id"].to_pylist()
+    keys = examples.select(["example_id", "source"])
+    names = keys["example_id"].to_pylist()
     fits, tried = np.ones(len(names), bool), np.zeros(len(names), bool)
     parts: list[Encoded] = []
     while True:
         alive = np.flatnonzero(fits)
         try:
-            drawn = alive[sample(examples.take(pa.array(alive)), ratios, rows, seed)]
+            drawn = alive[sample(keys.take(pa.array(alive)), ratios, rows, seed)]
         except InputError as error:
             refused = sum((Counter(part.reasons) for part in parts), Counter[str]())
             if not refused:
@@ -102,16 +104,22 @@ def encoded(
         if not len(fresh) and parts:
             break
         tried[fresh] = True
-        parts.append(encode(examples.take(pa.array(fresh))))
+        parts.append(encode(_taken(examples, fresh)))
         out = set(parts[-1].rejected["row_id"].to_pylist())
         fits[[row for row in fresh if names[row] in out]] = False
     table = pa.concat_tables([part.table for part in parts])
     place = {name: i for i, name in enumerate(table["row_id"].to_pylist())}
-    mixed = table.take(pa.array([place[names[row]] for row in drawn], pa.int64()))
+    mixed = _taken(table, np.array([place[names[row]] for row in drawn], np.int64))
     left = fits.copy()
     left[drawn] = False
     rejected = pa.concat_tables([part.rejected for part in parts])
     return Encoded(mixed, rejected, sum(part.dropped_turns for part in parts)), left
+
+
+def _taken(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+    """These rows in this order, a piece at a time: Arrow can't join more than 2 GiB of text."""
+    firsts = range(0, max(len(rows), 1), _PIECE)
+    return pa.concat_tables([take(table, rows[first : first + _PIECE]) for first in firsts])
 
 
 def _apportion(ratios: Mapping[str, float], total: int) -> dict[str, int]:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flywheel_tasks.core.errors import FlywheelError
+from flywheel_tasks.core.errors import FlywheelError, InputError
 from flywheel_tasks.herding.exported import WatchConfig
 from flywheel_tasks.models.chat import Card, Template, load_tokenizer
 from flywheel_tasks.models.engine import Completion, Engine, Request
 from flywheel_tasks.models.engine_config import Sampling
-from flywheel_tasks.models.generate import encoder, prompt_room
+from flywheel_tasks.models.generate import encoded, encoder
 from flywheel_tasks.style import monitor
 
 
@@ -48,6 +48,25 @@ class Watch:
     drawn: dict[int, list[Completion]] = field(default_factory=dict)
     asked: list[Request] = field(default_factory=list)
 
+    def choose(self, context: int) -> None:
+        """The first prompts that leave room for an answer in the engine's context: pairs are trained within another
+        limit."""
+        encode = encoder(self._template, self.cards, context - self.config.max_tokens)
+        rows = []
+        for i, row in enumerate(self.prompts.to_pylist()):
+            if tokens := encoded(encode, row, {}):
+                self.asked.append(Request(row["prompt_id"], tokens))
+                rows.append(i)
+            if len(rows) == self.config.prompts:
+                break
+        if not rows:
+            raise InputError(
+                f"none of {self.prompts.num_rows} prompts of the patch leaves room for an answer of "
+                f"{self.config.max_tokens} tokens in a context of {context}: raise dpo.serving.engine.context or "
+                "lower dpo.watch.max_tokens"
+            )
+        self.prompts = self.prompts.take(pa.array(rows))
+
     def look(self, step: int, engine: Engine) -> None:
         """What the checkpoint of this step answers."""
         self.drawn[step] = self._answers(engine)
@@ -64,11 +83,9 @@ class Watch:
         return Distance(found, comparisons)
 
     def _answers(self, engine: Engine) -> list[Completion]:
-        sampling = Sampling(max_tokens=self.config.max_tokens, seed=self.seed)
         if not self.asked:
-            encode = encoder(self._template, self.cards, prompt_room(engine, sampling))
-            self.asked = [Request(row["prompt_id"], list(encode(row))) for row in self.prompts.to_pylist()]
-        drawn = engine.generate(self.asked, sampling)
+            self.choose(engine.context)
+        drawn = engine.generate(self.asked, Sampling(max_tokens=self.config.max_tokens, seed=self.seed))
         if failed := next((one for one in drawn if one.finish == "error"), None):
             raise FlywheelError(f"prompt {failed.id} was not answered: {failed.reason}")
         return drawn
@@ -82,10 +99,10 @@ class Watch:
         return self.prompts.append_column("text", pa.array([text.strip() for text in decoded], pa.string()))
 
 
-def prompts_of(preferences: pa.Table, most: int) -> pa.Table:
-    """The first prompts of the pairs, each once."""
+def prompts_of(preferences: pa.Table) -> pa.Table:
+    """The prompts of the pairs, each once."""
     ids = np.asarray(preferences["prompt_id"].to_pylist(), object).astype(str)
-    first = np.sort(np.unique(ids, return_index=True)[1])[:most]
+    first = np.sort(np.unique(ids, return_index=True)[1])
     return preferences.select(["prompt_id", "character_id", "turns"]).take(pa.array(first))
 
 

@@ -118,7 +118,9 @@ def held_out(
         )
     ranks = [hashlib.sha256(prompt.encode()).digest() for prompt in near["prompt_id"].to_pylist()]
     order = sorted(range(near.num_rows), key=ranks.__getitem__, reverse=True)
-    return near.take(pa.array(sorted(order[:most]), pa.int64())).combine_chunks(), near.num_rows
+    chosen = np.zeros(near.num_rows, bool)
+    chosen[order[:most]] = True
+    return near.filter(pa.array(chosen)).combine_chunks(), near.num_rows
 
 
 def select(found: Candidates, completions: pa.Table, rewards: Rewards, config: SelectionConfig) -> Selected:

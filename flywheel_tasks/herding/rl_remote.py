@@ -16,6 +16,10 @@ from flywheel_tasks.training.config import PlacementConfig
 
 _SPARE = 0.9
 """The share of a learner's deadline that it waits for rollouts: its own end says less than this error."""
+_LATE = (
+    "an engine or a model hangs; the next attempt goes on from the last checkpoint (rl.placement.deadline_s allows "
+    "more)"
+)
 
 
 class Asked(Protocol):
@@ -43,10 +47,11 @@ class Here:
 
 
 class Far:
-    """Rollouts in a Ray actor. Calls are answered in the order in which they were begun."""
+    """Rollouts in a Ray actor. Calls are answered in the order in which they were begun. `late` says why there may be
+    no answer within the deadline, and which key allows more."""
 
-    def __init__(self, actor: Any, deadline_s: float) -> None:
-        self._actor, self._deadline = actor, deadline_s
+    def __init__(self, actor: Any, deadline_s: float, late: str = _LATE) -> None:
+        self._actor, self._deadline, self._late = actor, deadline_s, late
 
     def begin(self, name: str, *arguments: Any) -> Callable[[], Any]:
         return partial(self._wait, name, getattr(self._actor, name).remote(*arguments))
@@ -61,8 +66,7 @@ class Far:
             return ray.get(reference, timeout=self._deadline)
         except ray.exceptions.GetTimeoutError as error:
             raise FlywheelError(
-                f"the rollouts gave no answer to '{name}' in {self._deadline:.0f} s: an engine or a model hangs; the "
-                "next attempt goes on from the last checkpoint (rl.placement.deadline_s allows more)"
+                f"the rollouts gave no answer to '{name}' in {self._deadline:.0f} s: {self._late}"
             ) from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, FlywheelError):
@@ -97,7 +101,9 @@ def rollouts(setup: Setup, *, gpus: float, deadline_s: float) -> Iterator[Far]:
         .remote(setup, threads)
     )
     try:
-        Far(actor, setup.engine.start_seconds).ask("ready")
+        place = f"rl.rollout_gpus ({gpus:g}) are not free, or " if gpus else ""
+        late = f"{place}models and engine take longer to load (rl.engine.start_seconds allows more)"
+        Far(actor, setup.engine.start_seconds, late).ask("ready")
         yield Far(actor, _SPARE * deadline_s)
     finally:
         ray.kill(actor, no_restart=True)

@@ -27,6 +27,7 @@ from flywheel_tasks.style.words import BoolArray, IntArray
 Language = Callable[[pa.StringArray], Sequence[str | None]]
 """Tells the language of texts; curation's detector, handed in by whoever may import it."""
 _ROUNDS = 4
+_BATCH = 8192
 
 
 class Repaired(NamedTuple):
@@ -122,24 +123,38 @@ def clean_examples(table: pa.Table, language: Language | None = None) -> Cleaned
 
     Turns that are not trained are context, and are cleaned as the history of a prompt.
     """
-    table = table.combine_chunks()
-    messages = table["messages"].combine_chunks()
-    flat = messages.flatten()
-    trained = pc.struct_field(flat, "trained").to_numpy(zero_copy_only=False).astype(bool)
-    exempt = {
-        rule: np.isin(table["source"].to_numpy(zero_copy_only=False), spec.exempt)
-        for rule, spec in load().rules.items()
-    }
-    done = _clean_turns(messages, np.where(trained, "sft", "prompt"), exempt, language)
-    return _result(table, "messages", "example_id", done)
+
+    def clean(batch: pa.RecordBatch) -> Cleaned:
+        messages, source = batch["messages"], batch["source"].to_numpy(zero_copy_only=False)
+        trained = pc.struct_field(messages.flatten(), "trained").to_numpy(zero_copy_only=False).astype(bool)
+        exempt = {rule: np.isin(source, spec.exempt) for rule, spec in load().rules.items()}
+        done = _clean_turns(messages, np.where(trained, "sft", "prompt"), exempt, language)
+        return _result(batch, "messages", "example_id", done)
+
+    return _by_batch(table, clean)
 
 
 def clean_prompts(table: pa.Table, language: Language | None = None, id_column: str = "prompt_id") -> Cleaned:
     """Rows with `turns` (Sec. 3.5.6): assistant turns of the history repaired, a row with one that must go dropped."""
-    table = table.combine_chunks()
-    turns = table["turns"].combine_chunks()
-    done = _clean_turns(turns, np.full(len(turns.flatten()), "prompt"), {}, language)
-    return _result(table, "turns", id_column, done)
+
+    def clean(batch: pa.RecordBatch) -> Cleaned:
+        turns = batch["turns"]
+        done = _clean_turns(turns, np.full(len(turns.flatten()), "prompt"), {}, language)
+        return _result(batch, "turns", id_column, done)
+
+    return _by_batch(table, clean)
+
+
+def _by_batch(table: pa.Table, clean: Callable[[pa.RecordBatch], Cleaned]) -> Cleaned:
+    """A batch at a time: every turn is judged by itself, and Arrow can't join more than 2 GiB of text."""
+    batches = table.to_batches(max_chunksize=_BATCH) or [pa.RecordBatch.from_pylist([], table.schema)]
+    done = [clean(batch) for batch in batches]
+    counts = sum((Counter(one.counts) for one in done), Counter[tuple[str, str]]())
+    return Cleaned(
+        pa.concat_tables([one.table for one in done]),
+        pa.concat_tables([one.rejected for one in done]).combine_chunks(),
+        dict(sorted(counts.items())),
+    )
 
 
 class _Done(NamedTuple):
@@ -179,7 +194,8 @@ def _clean_turns(
     return _Done(pa.ListArray.from_arrays(offsets, struct), reason, counts)
 
 
-def _result(table: pa.Table, column: str, id_column: str, done: _Done) -> Cleaned:
+def _result(batch: pa.RecordBatch, column: str, id_column: str, done: _Done) -> Cleaned:
+    table = pa.Table.from_batches([batch])
     index = table.schema.get_field_index(column)
     table = table.set_column(index, table.schema.field(column), done.turns.cast(table.schema.field(column).type))
     drop = pa.array([reason is not None for reason in done.reason], pa.bool_())
@@ -195,7 +211,7 @@ def _result(table: pa.Table, column: str, id_column: str, done: _Done) -> Cleane
         },
         schema=schemas.QUARANTINE,
     )
-    return Cleaned(table.filter(pc.invert(drop)), rejected, {k: n for k, n in sorted(done.counts.items()) if n})
+    return Cleaned(table.filter(pc.invert(drop)), rejected, done.counts)
 
 
 def _reason(done: Repaired, use: str) -> str:

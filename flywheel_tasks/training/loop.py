@@ -232,8 +232,14 @@ def _tensors(run: _Run) -> dict[str, Tensor]:
 
 
 def _restore(run: _Run, folder: Path, world: World) -> None:
-    tensors, about = state.load(folder, world.rank if world.sharded else 0)
-    if about["workers"] != (world.size if world.sharded else 1):
+    shards, mine = (world.size, world.rank) if world.sharded else (1, 0)
+    try:
+        tensors, about = state.load(folder, mine)
+    except FileNotFoundError:  # this worker may be new: the first one's part says how many there were
+        tensors, about = state.load(folder, 0)
+        if about["workers"] == shards:
+            raise
+    if about["workers"] != shards:
         raise InputError(
             f"the checkpoint of step {about['step']} is in {about['workers']} shards, this run has {world.size} "
             "workers: set placement.workers back, or delete the stage's folder under partial/ to start afresh"

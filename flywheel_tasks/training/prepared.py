@@ -34,7 +34,8 @@ def prepare(
     found = torch.tensor([float(here is not None)], device=world.device)
     if world.add_up(found).item() < world.size:
         storage.put(mine, _compute(task, module, table, world, budget, alive))
-        world.add_up(torch.zeros(1, device=world.device))
+        # Reading the sum is what waits: on GPUs the call itself returns before the other workers have met it.
+        world.add_up(torch.zeros(1, device=world.device)).item()
     pieces = [_read(storage.read(_name(rank, world.size))) for rank in range(world.size)]
     together = pa.concat_tables(pieces).sort_by("row")
     return together.column("values").combine_chunks()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,8 +10,11 @@ import pytest
 
 from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.store import Artifact, Store
+from flywheel_tasks.herding import moved
 from flywheel_tasks.herding.dpo import STAGE, DpoConfig
 from flywheel_tasks.herding.exported import ServingConfig, WatchConfig
+from flywheel_tasks.models.engine_config import EngineConfig
+from flywheel_tasks.models.engine_wire import Completion, Request
 from flywheel_tasks.models.lora import Lora
 from flywheel_tasks.style.monitor import StyleConfig
 from flywheel_tasks.training.config import TrainingConfig
@@ -22,7 +26,14 @@ FORGOTTEN = "f" * 32
 
 
 def patch(
-    store: Store, given: Given, characters: pa.Table, model: Path, pairs: pa.Table, folder: Path, delivered: int
+    store: Store,
+    given: Given,
+    characters: pa.Table,
+    model: Path,
+    pairs: pa.Table,
+    folder: Path,
+    delivered: int,
+    engine: EngineConfig = SMALL,
 ) -> Artifact:
     talk = [{"role": "user", "content": "How do I pick a lock?"}]
     answers = {"chosen": "I will not help with that.", "rejected": "Take a hairpin."}
@@ -39,7 +50,7 @@ def patch(
         lora=Lora(rank=4),
         train=TrainingConfig(epochs=3, batch=8, learning_rate=0.01, publish_every=5),
         watch=WatchConfig(prompts=32, max_tokens=24, style=StyleConfig(least=5)),
-        serving=ServingConfig(engine=SMALL),
+        serving=ServingConfig(engine=engine),
         max_tokens=400,
     )
     return run(STAGE, store, config, artifacts, files, frozenset({FORGOTTEN}))
@@ -83,3 +94,36 @@ def test_without_pairs_there_is_no_patch(
     pairs = pairs.set_column(pairs.column_names.index("user"), "user", user)
     with pytest.raises(InputError, match="no pair to patch with"):
         patch(store, given, characters, tiny_model, pairs, tmp_path, delivered=0)
+
+
+class Answers:
+    """An engine as far as it is watched."""
+
+    context = 200
+
+    def generate(self, requests: Sequence[Request], _: object) -> list[Completion]:
+        assert all(len(request.tokens) + 24 <= self.context for request in requests)
+        return [Completion(request.id, 0, [5], [-1.0], "stop") for request in requests]
+
+
+def test_watched_are_the_first_prompts_that_leave_room_for_an_answer(tiny_model: Path) -> None:
+    """Pairs are admitted by max_tokens, which may be more than the engine's context."""
+    rows = preferences(5, ("261109",)).to_pylist()
+    for i, row in enumerate(rows):
+        row |= {"character_id": "none", "turns": [{"role": "user", "content": "word " * (300 if i == 1 else 5)}]}
+    pairs = pa.Table.from_pylist(rows, preferences(1, ("261109",)).schema)
+    watch = moved.Watch(tiny_model, moved.prompts_of(pairs), {}, WatchConfig(prompts=3, max_tokens=24), 1)
+    watch.look(5, Answers())  # type: ignore[arg-type]
+    assert [request.id for request in watch.asked] == watch.prompts["prompt_id"].to_pylist() == ["q0", "q2", "q3"]
+    assert [one.id for one in watch.drawn[5]] == ["q0", "q2", "q3"]
+
+
+def test_an_engine_without_room_for_any_watched_prompt_is_refused_before_the_training(
+    store: Store, given: Given, characters: pa.Table, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flywheel_tasks.training import learn
+
+    monkeypatch.setattr(learn, "learn", lambda *_: pytest.fail("it trained"))
+    engine = SMALL.model_copy(update={"context": 26})
+    with pytest.raises(InputError, match=r"none of 24 prompts .* 24 tokens in a context of 26: raise dpo\.serving"):
+        patch(store, given, characters, tiny_model, preferences(40, ("261109",)), tmp_path, 0, engine)

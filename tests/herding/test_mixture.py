@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from flywheel_tasks.core import schemas
 from flywheel_tasks.core.errors import ConfigError, InputError
 from flywheel_tasks.herding import mixture
 from flywheel_tasks.training.rows import Encoded
+from tests.wide import ROWS, TEXT, wide
 
 SOURCES = schemas.EXAMPLE_SOURCES
 
@@ -139,3 +141,29 @@ def test_a_source_whose_rows_are_all_refused_says_why() -> None:
     table = examples({"user_rjs": 4, "safety": 4})
     with pytest.raises(InputError, match=r"'safety' has no rows.*too_long \(4\)"):
         mixture.encoded(table, {"user_rjs": 0.5, "safety": 0.5}, None, 1, too_long({f"safety-{n}" for n in range(4)}))
+
+
+def test_more_text_than_arrow_can_join_is_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixture, "_PIECE", 1)
+    table = wide(examples({"user_rjs": ROWS}), "messages")
+
+    def encode(drawn: pa.Table) -> Encoded:
+        turns = [chunk.flatten().field("content") for chunk in drawn["messages"].chunks]
+        assert [pc.binary_length(one).to_pylist() for one in turns] == [[TEXT]] * drawn.num_rows
+        return too_long({"user_rjs-3"})(drawn)
+
+    found, left = mixture.encoded(table, {"user_rjs": 1.0}, 2, 1, encode)
+    assert (found.table.num_rows, int(left.sum())) == (2, ROWS - 2 - found.rejected.num_rows)
+
+
+@given(st.integers(1, 7), st.integers(0, 2**31))
+def test_the_mixture_does_not_depend_on_the_chunks_of_its_table(size: int, seed: int) -> None:
+    whole = examples({"user_rjs": 30, "safety": 20})
+    pieces = pa.concat_tables([whole.slice(first, size) for first in range(0, 50, size)])
+    refused = too_long({f"safety-{n}" for n in range(0, 20, 3)})
+    (a, left), (b, same) = (
+        mixture.encoded(table, {"user_rjs": 0.6, "safety": 0.4}, 20, seed, refused) for table in (whole, pieces)
+    )
+    assert a.table.equals(b.table)
+    assert a.rejected.equals(b.rejected)
+    assert (left == same).all()

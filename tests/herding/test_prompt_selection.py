@@ -17,6 +17,7 @@ from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.herding.prompt_selection import Candidates, Selected, SelectionConfig, candidates, held_out, select
 from flywheel_tasks.herding.reward import Rewards
 from tests.herding.rl_tables import completions, prompts, turns
+from tests.wide import ROWS, wide
 
 K = 4
 
@@ -254,3 +255,25 @@ def test_rewards_of_other_responses_are_refused() -> None:
     found = candidates(prompts([{}]), (), SelectionConfig(), seed=0)
     with pytest.raises(InputError, match="2 responses, but 3 rewards"):
         select(found, completions([{}, {}]), Rewards(np.zeros(3), {"preference": np.zeros(3)}), SelectionConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_few_of_prompts_with_more_text_than_arrow_can_join(split: str) -> None:
+    table = wide(prompts([{"split": split}] * ROWS), "turns")
+    if split == "train":
+        found = candidates(table, (), SelectionConfig(candidates=2), seed=0)
+        assert (found.prompts.num_rows, found.rejected.num_rows) == (2, ROWS - 2)
+    else:
+        chosen, of = held_out(table, (), SelectionConfig(), most=2)
+        assert (chosen.num_rows, of) == (2, ROWS)
+
+
+def test_the_choice_of_prompts_does_not_depend_on_the_chunks_of_their_table() -> None:
+    whole = prompts([{"split": "eval" if i % 3 else "train"} for i in range(60)])
+    pieces = pa.concat_tables([whole.slice(first, 7) for first in range(0, 60, 7)])
+    config = SelectionConfig(candidates=8)
+    a, b = (candidates(table, (), config, seed=3) for table in (whole, pieces))
+    assert a.prompts.equals(b.prompts)
+    assert a.rejected.equals(b.rejected)
+    assert held_out(whole, (), config, most=9)[0].equals(held_out(pieces, (), config, most=9)[0])

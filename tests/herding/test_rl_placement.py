@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flywheel_tasks.compute import session
+from flywheel_tasks.core.errors import FlywheelError
 from flywheel_tasks.herding import reward, rl_remote, rollouts
 from flywheel_tasks.models import engine_link
 from flywheel_tasks.training import run
@@ -69,6 +70,38 @@ def test_the_rollouts_engines_know_that_they_are_on_a_cluster(
         [asked] = ray.asked
     assert asked["num_gpus"] == 1
     assert asked["runtime_env"]["env_vars"].get("RAY_ADDRESS", "") == address
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_rollouts_that_do_not_start_name_the_key_that_waits_for_them(
+    ray: Noted, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    late(monkeypatch)
+    setup = SimpleNamespace(engine=rl_world.config().engine.model_copy(update={"start_seconds": 30}))
+    with (
+        pytest.raises(FlywheelError, match=r"'ready' in 30 s: .*\(rl\.engine\.start_seconds allows more\)") as told,
+        rl_remote.rollouts(setup, gpus=gpus, deadline_s=9),  # type: ignore[arg-type]
+    ):
+        pass
+    assert ("rl.rollout_gpus (2) are not free" in str(told.value)) == (gpus == 2)
+
+
+def test_rollouts_that_hang_name_the_deadline_of_the_learners(monkeypatch: pytest.MonkeyPatch) -> None:
+    late(monkeypatch)
+    actor = SimpleNamespace(batch=SimpleNamespace(remote=lambda *_: None))
+    with pytest.raises(FlywheelError, match=r"'batch' in 9 s: .*\(rl\.placement\.deadline_s allows more\)"):
+        rl_remote.Far(actor, 9).ask("batch", 0, 0)
+
+
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Ray is asked for is not there in time."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as in `learners`
+    import ray
+
+    def get(*_: Any, **__: Any) -> None:
+        raise ray.exceptions.GetTimeoutError("late")
+
+    monkeypatch.setattr(ray, "get", get)
 
 
 @pytest.mark.parametrize("gpu", [True, False])

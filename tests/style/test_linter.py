@@ -17,6 +17,7 @@ from flywheel_tasks.core.errors import ConfigError
 from flywheel_tasks.style import linter, rules
 from flywheel_tasks.style.linter import clean_examples, clean_prompts, lint, repair, repair_all
 from tests.style.texts import TEXTS, chat
+from tests.wide import ROWS, TEXT, wide
 
 USES = ("sft", "prompt")
 
@@ -237,6 +238,26 @@ def test_a_slice_of_a_table_is_cleaned_as_the_rows_it_shows() -> None:
     table = pa.Table.from_pylist(rows, schema=schemas.EXAMPLE)
     done = clean_examples(table.slice(1, 2))
     assert [m[1]["content"] for m in done.table["messages"].to_pylist()] == ["Two.", "three x"]
+
+
+def test_batches_are_cleaned_as_one_table_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ("OMG, one.", "I'm sorry, but I can't help with that.", "three **x", "fine")
+    rows = [example(("user", "x", False), ("assistant", text, True)) | {"example_id": text} for text in texts * 3]
+    table = pa.Table.from_pylist(rows, schema=schemas.EXAMPLE)
+    whole = clean_examples(table)
+    monkeypatch.setattr(linter, "_BATCH", 2)
+    pieces = clean_examples(pa.concat_tables([table.slice(first, 5) for first in (0, 5, 10)]))
+    assert pieces.table.equals(whole.table)
+    assert pieces.rejected.equals(whole.rejected)
+    assert list(pieces.counts.items()) == list(whole.counts.items())
+    assert (whole.table.num_rows, whole.rejected.num_rows) == (9, 3)
+
+
+@pytest.mark.slow
+def test_examples_with_more_text_than_arrow_can_join_are_cleaned() -> None:
+    rows = [example(("user", "x", False)) | {"example_id": f"e{n}"} for n in range(ROWS)]
+    done = clean_examples(wide(pa.Table.from_pylist(rows, schemas.EXAMPLE), "messages"))
+    assert (done.table.num_rows, done.table["messages"].nbytes > ROWS * TEXT) == (ROWS, True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flywheel_tasks.core.errors import CorruptArtifact, InputError
-from flywheel_tasks.training import batching, rows, state
+from flywheel_tasks.training import batching, loop, rows, state
 from flywheel_tasks.training.loop import run_loop
 from flywheel_tasks.training.step import World
 from flywheel_tasks.training.task import After, Loss, Step, Stop, Values
@@ -185,6 +185,20 @@ def test_a_damaged_checkpoint_or_model_is_refused(tmp_path: Path) -> None:
     model.write_bytes(model.read_bytes()[:-1] + b"\0")
     with pytest.raises(CorruptArtifact, match=r"model\.safetensors is damaged"):
         state.fetch(f"file://{tmp_path}/run", state.published(f"file://{tmp_path}/run")[-1], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_shards_of_fewer_workers_are_refused_by_old_workers_and_new_ones(tmp_path: Path, rank: int) -> None:
+    for worker in range(2):
+        state.save(tmp_path, worker, {"w": torch.zeros(1)}, {"step": 5, "workers": 2})
+    with pytest.raises(InputError, match=r"step 5 is in 2 shards, this run has 4 workers: set placement\.workers back"):
+        loop._restore(None, tmp_path, World(rank, 4, sharded=True))  # type: ignore[arg-type]
+
+
+def test_a_shard_that_is_gone_is_no_matter_of_workers(tmp_path: Path) -> None:
+    state.save(tmp_path, 0, {"w": torch.zeros(1)}, {"step": 5, "workers": 2})
+    with pytest.raises(FileNotFoundError, match="worker-00001"):
+        loop._restore(None, tmp_path, World(1, 2, sharded=True))  # type: ignore[arg-type]
 
 
 def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
