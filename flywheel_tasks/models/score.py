@@ -94,6 +94,7 @@ class Scorer:
     def pairwise(self, rows: Sequence[PairRow]) -> Floats:
         """P(y0 wins), averaged over both orders of the two, so that it never depends on which came first."""
         self._expect("pairwise")
+        dropped = self.dropped_turns
         both = [
             self._chat(self.template.pair, row.turns, a, b, card=row.card)
             for row in rows
@@ -101,6 +102,7 @@ class Scorer:
         ]
         p = _sigmoid(self._logits(both)[:, 0])
         self.too_long -= int(np.isnan(p[::2]).sum())
+        self.dropped_turns -= (self.dropped_turns - dropped) // 2  # one history, read in two orders
         return np.asarray((p[::2] + (1 - p[1::2])) / 2, np.float32)
 
     def _rows(self, kind: Kind, rows: Sequence[ScoreRow]) -> Floats:

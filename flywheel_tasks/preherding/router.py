@@ -49,16 +49,20 @@ def route(
     return chosen, by_chance
 
 
-def learn(policies: Sequence[str], segments: Sequence[str], highest: Sequence[float]) -> list[Earned]:
-    """What each policy earned in each segment: give the prompts that chance routed."""
+def learn(
+    policies: Sequence[str], segments: Sequence[str], highest: Sequence[float], before: Sequence[Earned]
+) -> list[Earned]:
+    """What each policy earned in each segment: give the prompts that chance routed. Where they tell nothing, what was
+    known `before` stays known."""
     found: dict[tuple[str, str], list[float]] = {}
     for policy, segment, reward in zip(policies, segments, highest, strict=True):
         if np.isfinite(reward):
             found.setdefault((policy, segment), []).append(float(reward))
-    return [
+    learned = [
         Earned(policy=policy, segment=segment, n=len(rewards), mean=float(np.mean(rewards)))
         for (policy, segment), rewards in sorted(found.items())
     ]
+    return learned or list(before)
 
 
 def _favourite(segment: str, pool: Sequence[str], earned: Sequence[Earned]) -> str:

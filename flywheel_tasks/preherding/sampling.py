@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from flywheel_tasks.models.resolve import artifact_folder
 from flywheel_tasks.models.score import Scorer, ScoreRow, while_or_after
 from flywheel_tasks.preherding import router, selection
 from flywheel_tasks.preherding.rejection_config import RejectionConfig
+from flywheel_tasks.preherding.router import Earned
 from flywheel_tasks.preherding.selection import NONE
 from flywheel_tasks.stats.within import Floats
 from flywheel_tasks.style import monitor
@@ -33,6 +35,8 @@ from flywheel_tasks.style import monitor
 SOURCE = {"internal": "internal_rjs", "production": "user_rjs"}
 
 
+_BLOCK, _TOGETHER = 1 << 28, 4096
+"""Bytes of completions, and examples, that are one piece."""
 _SCORING = ("scoring_seconds", "too_long", "dropped_turns")
 
 
@@ -105,7 +109,7 @@ def run(prompts: pa.Table, inputs: Inputs, config: RejectionConfig, out: Output)
         "scoring_seconds": judges.seconds, "too_long": judges.reward.too_long,
         "dropped_turns": judges.reward.dropped_turns,
     }  # fmt: skip
-    return _choose(prompts, segments, chosen, by_chance, drawn, config, out)
+    return _choose(prompts, segments, chosen, by_chance, before["earned"], drawn, config, out)
 
 
 def _generated(
@@ -144,16 +148,16 @@ def _choose(
     segments: Sequence[str],
     chosen: Sequence[str],
     by_chance: np.ndarray,
+    before: Sequence[Earned],
     drawn: Drawn,
     config: RejectionConfig,
     out: Output,
 ) -> Sampled:
-    completions = pa.concat_tables(drawn.tables)
     place = {prompt_id: number for number, prompt_id in enumerate(prompts["prompt_id"].to_pylist())}
-    prompt = np.array([place[prompt_id] for prompt_id in completions["prompt_id"].to_pylist()], np.int64)
+    prompt = np.array([place[name] for table in drawn.tables for name in table["prompt_id"].to_pylist()], np.int64)
     # In the order of the prompts: which chunk is ready first is chance.
     order = np.argsort(prompt, kind="stable")
-    completions, prompt = completions.take(pa.array(order)), prompt[order]
+    completions, prompt = _in_order(drawn.tables, order, config.sampling.k), prompt[order]
     scores = {name: np.concatenate([part[name] for part in drawn.scores])[order] for name in drawn.scores[0]}
     unfit = unusable(completions, config.keep_unfinished)
     reward = np.where([reason is None for reason in unfit], scores["reward"], np.nan)
@@ -176,13 +180,14 @@ def _choose(
     with out.table("completions") as writer:
         writer.write(marked)
     with out.table("examples") as writer:
-        writer.write(_examples(prompts, completions, kept))
+        writer.write(_examples(prompts, completions, kept, accepted))
     answered = marked.filter(pc.not_equal(marked["finish"], "error"))
     out.json("style", monitor.sampling(answered, config.style).as_json())
     why = _reasons(unfit, prompt, kept, highest)
     lost = np.flatnonzero(kept == NONE)
-    out.reject(quarantined(prompts.take(lost), "prompt_id", [why[number] for number in lost]))
-    report = _report(segments, chosen, by_chance, completions, reward, kept, highest, tau, drawn, config)
+    nothing = prompts.select(["prompt_id", "user"]).take(lost)
+    out.reject(quarantined(nothing, "prompt_id", [why[number] for number in lost]))
+    report = _report(segments, chosen, by_chance, before, completions, reward, kept, highest, tau, drawn, config)
     out.json("report", report)
     for name, value in {"acceptance": report["acceptance"], **_pace(drawn.stats)}.items():
         out.metric(f"sample/{name}", value)
@@ -194,6 +199,18 @@ def _choose(
 def _pool(config: RejectionConfig) -> dict[str, ModelConfig]:
     """The policies by what they are: a place in the pool is another model's in the next cycle."""
     return {model.path: model for model in (config.policy, *config.candidates)}
+
+
+def _in_order(tables: Sequence[pa.Table], order: np.ndarray, k: int, block: int = _BLOCK) -> pa.Table:
+    """The rows of all tables in this order, which keeps the k of a prompt together, in blocks of about so many bytes:
+    each row repeats its history, and as one piece those of a week pass what Arrow addresses."""
+    starts = np.cumsum([0, *(table.num_rows for table in tables)])
+    firsts = order[::k]
+    where = np.searchsorted(starts, firsts, side="right") - 1
+    runs = [tables[at].slice(row, k) for at, row in zip(where.tolist(), (firsts - starts[where]).tolist(), strict=True)]
+    piece = np.cumsum([run.nbytes for run in runs]) // block
+    together = [list(runs_of) for _, runs_of in groupby(range(len(runs)), piece.__getitem__)]
+    return pa.concat_tables([pa.concat_tables([runs[n] for n in some]).combine_chunks() for some in together])
 
 
 def unusable(completions: pa.Table, keep_unfinished: bool) -> list[str | None]:
@@ -237,11 +254,16 @@ def _marked(
     return pa.table([columns[field.name] for field in schemas.COMPLETION], schema=schemas.COMPLETION)
 
 
-def _examples(prompts: pa.Table, completions: pa.Table, kept: np.ndarray) -> pa.Table:
-    """One SFT example for each accepted response: its context and, alone to be trained, the response."""
-    rows = np.flatnonzero(kept != NONE)
-    context = prompts.take(rows).select(["source", "user", "character_id", "locale", "turns"]).to_pylist()
-    answers = completions.take(kept[rows]).select(["completion_id", "text"]).to_pylist()
+def _examples(prompts: pa.Table, completions: pa.Table, kept: np.ndarray, accepted: np.ndarray) -> pa.Table:
+    """One SFT example for each accepted response, in the order of the prompts."""
+    contexts = prompts.select(["source", "user", "character_id", "locale", "turns"]).filter(pa.array(kept != NONE))
+    answers = completions.select(["completion_id", "text"]).filter(pa.array(accepted))
+    starts = range(0, answers.num_rows, _TOGETHER)
+    return pa.concat_tables([_taught(contexts.slice(at, _TOGETHER), answers.slice(at, _TOGETHER)) for at in starts])
+
+
+def _taught(contexts: pa.Table, answers: pa.Table) -> pa.Table:
+    """Each context and, alone to be trained, its response."""
     made = [
         {
             "example_id": answer["completion_id"],
@@ -254,7 +276,7 @@ def _examples(prompts: pa.Table, completions: pa.Table, kept: np.ndarray) -> pa.
                 {"role": "assistant", "content": answer["text"], "trained": True},
             ],
         }
-        for row, answer in zip(context, answers, strict=True)
+        for row, answer in zip(contexts.to_pylist(), answers.to_pylist(), strict=True)
     ]
     return pa.Table.from_pylist(made, schemas.EXAMPLE)
 
@@ -279,6 +301,7 @@ def _report(
     segments: Sequence[str],
     chosen: Sequence[str],
     by_chance: np.ndarray,
+    before: Sequence[Earned],
     completions: pa.Table,
     reward: Floats,
     kept: np.ndarray,
@@ -309,7 +332,10 @@ def _report(
         "too_long": int(drawn.stats["too_long"]),
         "dropped_turns": int(drawn.stats["dropped_turns"]),
         "earned": router.learn(
-            [chosen[n] for n in explored], [segments[n] for n in explored], [float(highest[n]) for n in explored]
+            [chosen[n] for n in explored],
+            [segments[n] for n in explored],
+            [float(highest[n]) for n in explored],
+            before,
         ),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,30 +28,24 @@ class Measured:
     rows: int
 
 
-def run(held_out: pa.Table, cards: Mapping[str, Card], max_tokens: int, out: Output) -> Measured:
-    """Score every held-out response and compare with what its user did."""
-    readable, strangers = with_card(held_out, cards, "row_id")
+def run(held_out: Iterable[pa.Table], cards: Mapping[str, Card], max_tokens: int, out: Output) -> Measured:
+    """Score every held-out response, a table at a time, and compare with what its user did."""
     scorer = Scorer(out.folder("model"), max_tokens=max_tokens)
-    rows = [
-        ScoreRow(row["turns"], row["response"], card_of(cards, row["character_id"]))
-        for row in readable.select(["turns", "response", "character_id"]).to_pylist()
-    ]
-    scores = {name: values.astype(np.float64) for name, values in scorer.signals(rows).items()}
-    fits = np.isfinite(scores[SIGNALS[0]])
-    if not fits.any():
+    found, strangers, lost = (pa.concat_tables(parts) for parts in zip(*_scored(held_out, cards, scorer), strict=True))
+    if not found.num_rows:
         raise InputError(
-            f"none of {held_out.num_rows} held-out responses can be measured: {strangers.num_rows} are of characters "
-            f"without a card, the others are longer than signal-rm.max_tokens={max_tokens}: raise it"
+            f"none of {strangers.num_rows + lost.num_rows} held-out responses can be measured: {strangers.num_rows} "
+            "are of characters without a card, the others are longer than "
+            f"signal-rm.max_tokens={max_tokens}: raise it"
         )
-    found = readable.filter(pa.array(fits))
     beside = {
         "is_last": np.array(found["is_last"].to_pylist(), bool),
-        "words": features.word_count(found["response"].combine_chunks()).astype(np.float64),
+        "words": _numbers(found["words"]),
         "jtbd": np.array([name or "unknown" for name in found["jtbd"].to_pylist()], object),
     }
     report: dict[str, Any] = {}
     for name in SIGNALS:
-        label, score = _numbers(found[name]), scores[name][fits]
+        label, score = _numbers(found[name]), _numbers(found[f"p({name})"])
         known = np.isfinite(label)
         area = biases.auc(label[known], score[known])
         calibrated = accuracy.reliability(score[known], label[known])
@@ -65,9 +59,28 @@ def run(held_out: pa.Table, cards: Mapping[str, Card], max_tokens: int, out: Out
         out.metric(f"eval/calibration_error/{name}", calibrated["expected_calibration_error"])
         if area is not None:
             out.metric(f"eval/auc/{name}", area)
-    lost = quarantined(readable.filter(pa.array(~fits)), "row_id", "too_long")
     cut = {"too_long": scorer.too_long, "dropped_turns": scorer.dropped_turns}
     return Measured({"signals": report} | cut, pa.concat_tables([strangers, lost]), found.num_rows)
+
+
+def _scored(
+    held_out: Iterable[pa.Table], cards: Mapping[str, Card], scorer: Scorer
+) -> Iterator[tuple[pa.Table, pa.Table, pa.Table]]:
+    """What the report needs of each table, without the words; and the quarantine of what can't be read or scored."""
+    for table in held_out:
+        readable, strangers = with_card(table, cards, "row_id")
+        rows = [
+            ScoreRow(row["turns"], row["response"], card_of(cards, row["character_id"]))
+            for row in readable.select(["turns", "response", "character_id"]).to_pylist()
+        ]
+        scores = scorer.signals(rows)
+        fits = np.isfinite(scores[SIGNALS[0]])
+        words = features.word_count(readable["response"].combine_chunks())
+        found = readable.select([*SIGNALS, *(f"earlier_{name}" for name in SIGNALS), "is_last", "jtbd"])
+        for name, values in {"words": words, **{f"p({name})": scores[name] for name in SIGNALS}}.items():
+            found = found.append_column(name, pa.array(values))
+        lost = quarantined(readable.filter(pa.array(~fits)), "row_id", "too_long")
+        yield found.filter(pa.array(fits)), strangers, lost
 
 
 def _numbers(column: pa.ChunkedArray) -> Floats:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pyarrow as pa
 from pydantic import Field
 
 from flywheel_tasks.core.config import ModelConfig, model_of
@@ -11,11 +14,17 @@ from flywheel_tasks.core.quarantine import without
 from flywheel_tasks.core.stage import Input, Inputs, Resources, Stage
 from flywheel_tasks.training.learn import LearnConfig
 
+_COLUMNS, _CONVERSATIONS = ("conversation_id", "user", "character_id", "split", "turns"), 256
+"""What is read of a conversation, and how many are in memory."""
+
 
 class SignalConfig(LearnConfig):
     base: ModelConfig = model_of("signal", "where training starts")
     most_responses: int | None = Field(
         None, ge=1, description="responses to train on at most, whole conversations, chosen by hash (empty: all)"
+    )
+    most_held_out: int | None = Field(
+        None, ge=1, description="responses to measure on at most, whole conversations, chosen by hash (empty: all)"
     )
 
 
@@ -26,30 +35,47 @@ def run(inputs: Inputs, config: SignalConfig, out: Output) -> None:
     from flywheel_tasks.models.chat import Card, Template, load_tokenizer
     from flywheel_tasks.models.resolve import local_folder
     from flywheel_tasks.preherding import signal_measure
-    from flywheel_tasks.preherding.responses import SIGNALS, first, responses
+    from flywheel_tasks.preherding.responses import SIGNALS, first, listed, responses
     from flywheel_tasks.training import signal
     from flywheel_tasks.training.learn import learn
 
     cards = {row["character_id"]: Card.of(row) for row in inputs["characters"].read().to_pylist()}
     prompts = inputs["prompts"].read(["prompt_id", "jtbd"])
     jtbd = {p: j for p, j in zip(*(column.to_pylist() for column in prompts.columns), strict=True) if j}
-    found = [without(table, inputs.forgotten, "row_id") for table in responses(inputs["conversations"].batches(), jtbd)]
-    known, held_out, skipped = first((kept for kept, _ in found), config.most_responses, out.seed)
+    found = listed(inputs["conversations"].batches(_COLUMNS, _CONVERSATIONS))
+    remembered, forgotten = without(found, inputs.forgotten, "row_id")
+    known, held_out, skipped = first(remembered, config.most_responses, config.most_held_out, out.seed)
     if not known.num_rows or not held_out.num_rows:
         raise InputError(
             f"{known.num_rows} responses to train on and {held_out.num_rows} held out: signal models need both; give "
-            "more traffic, or another ingest.eval_share"
+            "more traffic, another ingest.eval_share, or more signal-rm.most_responses and most_held_out"
         )
-    base = local_folder(config.base.path)
-    encoded = signal.encode(known, SIGNALS, cards, Template(load_tokenizer(base)), max_tokens=config.max_tokens)
-    task = signal.task(base, names=SIGNALS, lora=config.lora, seed=out.seed, max_tokens=config.max_tokens)
-    training = learn(task, [encoded.table], config, out)
-    measured = signal_measure.run(held_out, cards, config.max_tokens, out)
-    for rejected in (*(gone for _, gone in found), skipped, encoded.rejected, measured.rejected):
+    for rejected in (forgotten, skipped):
         out.reject(rejected)
-    out.json("report", measured.report | {"training": training | {"dropped_turns": encoded.dropped_turns}})
-    rows_in = sum(kept.num_rows + gone.num_rows for kept, gone in found)
-    out.account("response", rows_in=rows_in, rows_out=encoded.table.num_rows + measured.rows)
+
+    def rows_of(chosen: pa.Table) -> Iterator[pa.Table]:
+        names = set(chosen["conversation_id"].to_pylist())
+        batches = inputs["conversations"].batches(_COLUMNS, _CONVERSATIONS)
+        theirs = (b.filter(pa.array([n in names for n in b.column("conversation_id").to_pylist()])) for b in batches)
+        return responses(theirs, jtbd)
+
+    base = local_folder(config.base.path)
+    template, dropped = Template(load_tokenizer(base)), 0
+
+    def encoded() -> Iterator[pa.Table]:
+        nonlocal dropped
+        for table in rows_of(known):
+            block = signal.encode(table, SIGNALS, cards, template, max_tokens=config.max_tokens)
+            out.reject(block.rejected)
+            dropped += block.dropped_turns
+            yield block.table
+
+    task = signal.task(base, names=SIGNALS, lora=config.lora, seed=out.seed, max_tokens=config.max_tokens)
+    training = learn(task, encoded(), config, out)
+    measured = signal_measure.run(rows_of(held_out), cards, config.max_tokens, out)
+    out.reject(measured.rejected)
+    out.json("report", measured.report | {"training": training | {"dropped_turns": dropped}})
+    out.account("response", rows_in=found.num_rows, rows_out=training["rows"] + measured.rows)
 
 
 STAGE = Stage(

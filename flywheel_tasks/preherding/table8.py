@@ -14,8 +14,11 @@ from flywheel_tasks.preherding.accuracy import ALL, Cell
 
 
 def merge(before: Sequence[Cell], now: Sequence[Cell]) -> list[Cell]:
-    """The matrix with this run's cells; a cell measured again replaces the old one."""
-    cells = {(cell["mode"], cell["model"], cell["batch"]): cell for cell in [*before, *now]}
+    """The matrix with this run's cells; a cell measured again replaces the old one. What an older version that is not
+    measured again reached on all batches leaves the mode: those were fewer batches, and a column compares versions."""
+    measured = {cell["mode"] for cell in now}
+    still = [cell for cell in before if cell["batch"] != ALL or cell["mode"] not in measured]
+    cells = {(cell["mode"], cell["model"], cell["batch"]): cell for cell in [*still, *now]}
     return [cells[key] for key in sorted(cells)]
 
 

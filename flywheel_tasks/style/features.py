@@ -6,7 +6,7 @@ column; NaN says that it does not apply to a row (no language known, say). Add a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -19,8 +19,8 @@ from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.style import markdown, rules, words
 from flywheel_tasks.style.words import BoolArray, FloatArray, IntArray, count, emoji_count, matches, word_count
 
-__all__ = ["FEATURES", "Exchange", "Feature", "emoji_count", "history_exchange", "list_items", "markdown_count",
-           "measure", "word_count"]  # fmt: skip
+__all__ = ["FEATURES", "Exchange", "Feature", "chunks", "emoji_count", "history_exchange", "list_items",
+           "markdown_count", "measure", "word_count"]  # fmt: skip
 
 _LIST_ITEM = r"(?m)^[ \t]{0,6}(?:[-*+•‣▪–]|\d{1,3}[.)]|[a-hA-H][.)])[ \t]+\S"
 _MARKS = (
@@ -40,18 +40,29 @@ class Exchange:
     """Responses, what was said before each, and (where known) the language of each and the one the user writes in."""
 
     response: pa.StringArray
-    history: pa.ListArray | None = None
+    history: pa.ListArray | pa.ChunkedArray | None = None
     language: pa.StringArray | None = None
     wanted: pa.StringArray | None = None
 
     def __post_init__(self) -> None:
         for name in ("response", "history", "language", "wanted"):
             column = getattr(self, name)
-            if isinstance(column, pa.ChunkedArray):
+            if isinstance(column, pa.ChunkedArray) and name != "history":
                 object.__setattr__(self, name, column.combine_chunks())
             if column is not None and len(column) != len(self.response):
                 raise InputError(f"{len(self.response)} responses, but {len(column)} rows of '{name}'")
         object.__setattr__(self, "response", pc.fill_null(self.response.cast(pa.string()), ""))
+
+    def parts(self) -> Iterator[Exchange]:
+        """The exchange by the chunks of its history: joined, those of a week can pass what Arrow addresses."""
+        if not isinstance(self.history, pa.ChunkedArray):
+            yield self
+            return
+        start = 0
+        for chunk in chunks(self.history):
+            tags = (tag if tag is None else tag.slice(start, len(chunk)) for tag in (self.language, self.wanted))
+            yield Exchange(self.response.slice(start, len(chunk)), chunk, *tags)
+            start += len(chunk)
 
     @cached_property
     def words(self) -> words.Words:
@@ -130,6 +141,13 @@ def bracketed_translation(texts: pa.StringArray) -> BoolArray:
 def asked_for_translation(history: pa.ListArray) -> BoolArray:
     """Whether the last user turn speaks of translating or of what something means."""
     return matches(last_user_turn(history), f"(?i)(?:{rules.load().translation.asked})")
+
+
+def chunks(column: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
+    """The pieces that a column is made of, at least one."""
+    if not isinstance(column, pa.ChunkedArray):
+        return [column]
+    return column.chunks or [column.combine_chunks()]
 
 
 def last_user_turn(history: pa.ListArray) -> pa.StringArray:
@@ -244,4 +262,5 @@ def measure(exchange: Exchange, names: Iterable[str] | None = None) -> dict[str,
     wanted = list(FEATURES if names is None else names)
     if unknown := sorted(set(wanted) - set(FEATURES)):
         raise InputError(f"no style feature '{unknown[0]}': the features are {', '.join(FEATURES)}")
-    return {name: np.asarray(FEATURES[name].of(exchange), dtype=np.float64) for name in wanted}
+    found = [[np.asarray(FEATURES[name].of(part), dtype=np.float64) for name in wanted] for part in exchange.parts()]
+    return {name: np.concatenate(values) for name, values in zip(wanted, zip(*found, strict=True), strict=True)}

@@ -21,7 +21,7 @@ from flywheel_tasks.core import problems
 from flywheel_tasks.core.config import StageConfig
 from flywheel_tasks.stats.multiplicity import benjamini_hochberg, holm
 from flywheel_tasks.style.effects import Effect, FloatArray, Slope, effect, slope
-from flywheel_tasks.style.features import FEATURES, Exchange, history_exchange, measure
+from flywheel_tasks.style.features import FEATURES, Exchange, chunks, history_exchange, measure
 
 Status = Literal["ok", "drift", "unknown"]
 
@@ -95,7 +95,7 @@ class Side(NamedTuple):
 
     name: str
     response: pa.StringArray
-    history: pa.ListArray | None
+    history: pa.ChunkedArray | None
     cluster: npt.NDArray[np.object_]
     language: pa.StringArray | None = None
     wanted: pa.StringArray | None = None
@@ -115,8 +115,7 @@ def compare(name: str, a: Side, b: Side, config: StyleConfig) -> Comparison:
 
 def preferences(table: pa.Table, config: StyleConfig) -> Comparison:
     """Chosen against rejected (schema `preference`), clustered by character."""
-    cluster, history = _column(table, "character_id"), table["turns"].combine_chunks()
-    chosen, rejected = (Side(side, table[side].combine_chunks(), history, cluster) for side in ("chosen", "rejected"))
+    chosen, rejected = (_side(side, table, "character_id", side) for side in ("chosen", "rejected"))
     return compare("preferences", chosen, rejected, config)
 
 
@@ -183,9 +182,9 @@ def _history_borne(
     for side_name, (side, found) in sides.items():
         if side.history is None:
             continue
-        exchange, rows = history_exchange(side.history)
+        before, rows = _before(side.history, names)
         counts = np.bincount(rows, minlength=len(side.response))
-        for name, values in measure(exchange, names).items():
+        for name, values in before.items():
             known = ~np.isnan(values)
             sums = np.bincount(rows[known], values[known], len(side.response))
             seen = np.bincount(rows[known], minlength=len(side.response))
@@ -198,6 +197,17 @@ def _history_borne(
     return {name: row for name, row in result.items() if row}
 
 
+def _before(history: pa.ChunkedArray, names: Sequence[str]) -> tuple[dict[str, FloatArray], npt.NDArray[np.int64]]:
+    """Features of every assistant turn in the histories, and the row that each came from."""
+    found, rows, start = [], [], 0
+    for chunk in chunks(history):
+        exchange, own = history_exchange(chunk)
+        found.append(measure(exchange, names))
+        rows.append(own + start)
+        start += len(chunk)
+    return {name: np.concatenate([part[name] for part in found]) for name in names}, np.concatenate(rows)
+
+
 def _sentence(comparison: Comparison, finding: Finding) -> str:
     found = finding.effect
     scale, unit = (100, " %") if finding.kind == "binary" else (1, "")
@@ -208,8 +218,8 @@ def _sentence(comparison: Comparison, finding: Finding) -> str:
     )
 
 
-def _side(name: str, table: pa.Table, cluster: str) -> Side:
-    return Side(name, table["text"].combine_chunks(), table["turns"].combine_chunks(), _column(table, cluster))
+def _side(name: str, table: pa.Table, cluster: str, response: str = "text") -> Side:
+    return Side(name, table[response].combine_chunks(), table["turns"], _column(table, cluster))
 
 
 def _column(table: pa.Table, name: str) -> npt.NDArray[np.object_]:

@@ -103,6 +103,8 @@ def test_what_does_not_fit_is_nan_and_counted_once(tiny_model: Path) -> None:
         False,
     ]
     assert pairs.too_long == 1
+    pairs.pairwise([PairRow(turns(long, "I see", "So?"), "yes", "no")])
+    assert pairs.dropped_turns == 2  # read in two orders, cut from one history
 
 
 def test_no_rows_give_no_scores(tiny_model: Path) -> None:

@@ -15,6 +15,7 @@ from flywheel_tasks.core.stage import Inputs
 from flywheel_tasks.core.store import Artifact, Store
 from flywheel_tasks.models import generate
 from flywheel_tasks.models.engine_config import EngineConfig, SamplingConfig
+from flywheel_tasks.preherding import sampling
 from flywheel_tasks.preherding.rejection_config import RejectionConfig, ThresholdConfig
 from flywheel_tasks.preherding.rejection_sample import STAGE
 from flywheel_tasks.preherding.responses import SIGNALS
@@ -163,6 +164,30 @@ def test_what_was_cut_is_empty_or_failed_is_never_chosen() -> None:
     )
     assert unusable(table, keep_unfinished=False) == [None, "infinity_loop", "empty_response", "too_long: 9 of 8"]
     assert unusable(table, keep_unfinished=True)[1] is None
+
+
+def test_histories_are_never_one_piece_but_in_the_order_of_the_prompts(
+    store: Store, given: Given, characters: pa.Table, judges: dict[str, Path], tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As one piece, the histories of a large week pass the 2 GiB that Arrow addresses."""
+    whole = sample(store, given, characters, judges, tiny_model, "e" * 32, chunk=5)
+    in_order, seen = sampling._in_order, []
+
+    def small(tables: Any, order: Any, k: int) -> pa.Table:
+        found = in_order(tables, order, k, block=1000)
+        seen.append([len(piece) for piece in found["turns"].chunks])
+        return found
+
+    monkeypatch.setattr(sampling, "_in_order", small)
+    monkeypatch.setattr(sampling, "_TOGETHER", 3)
+    pieces = sample(store, given, characters, judges, tiny_model, "f" * 32, chunk=5)
+    assert len(seen[0]) > 4
+    assert all(rows % K == 0 for rows in seen[0])
+    for name in ("completions", "examples", "quarantine"):
+        assert pieces.table(name).read().equals(whole.table(name).read())
+    assert pieces.json("style") == whole.json("style")
+    assert pieces.json("report") == whole.json("report")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from flywheel_tasks.core import schemas
-from flywheel_tasks.preherding.responses import SIGNALS, first, responses
+from flywheel_tasks.preherding.responses import SIGNALS, first, listed, responses
 
 AT = datetime.datetime(2026, 11, 16, tzinfo=datetime.UTC)
 NONE = {
@@ -78,8 +78,40 @@ def test_a_greeting_answers_nobody_and_is_context_only() -> None:
 def test_what_is_over_the_limit_is_left_out_by_whole_conversations() -> None:
     pair = [turn("user", "hi"), turn("assistant", "a", continued=True), turn("user", "b"), turn("assistant", "c")]
     many = [conversation(f"c{i}", pair, split="eval" if i == 0 else "train") for i in range(11)]
-    table = pa.Table.from_pylist(many, schemas.CONVERSATION)
-    known, held_out, skipped = first(list(responses(table.to_batches(), {})), 7, seed=1)
+    found = listed(pa.Table.from_pylist(many, schemas.CONVERSATION).to_batches())
+    known, held_out, skipped = first(found, 7, None, seed=1)
     assert (known.num_rows, held_out.num_rows, skipped.num_rows) == (6, 2, 14)
     names = known["conversation_id"].to_pylist()
     assert all(names.count(name) == 2 for name in names)
+
+
+def test_what_is_held_out_has_a_limit_of_its_own() -> None:
+    pair = [turn("user", "hi"), turn("assistant", "a"), turn("user", "b"), turn("assistant", "c")]
+    many = [conversation(f"c{i}", pair, split="eval" if i % 2 else "train") for i in range(10)]
+    found = listed(pa.Table.from_pylist(many, schemas.CONVERSATION).to_batches())
+    known, held_out, skipped = first(found, None, 5, seed=1)
+    assert (known.num_rows, held_out.num_rows) == (10, 4)
+    assert skipped["reason"].to_pylist() == ["not_drawn"] * 6
+    assert not set(skipped["row_id"].to_pylist()) & set(held_out["row_id"].to_pylist())
+
+
+def test_a_list_names_the_responses_that_rows_are_made_of() -> None:
+    talk = [
+        turn("assistant", "welcome"), turn("user", "hi"), turn("assistant", "meh"), turn("assistant", "hello"),
+        turn("user", "so"), turn("assistant", "yes"),
+    ]  # fmt: skip
+    talks = [talk, [turn("assistant", "nobody came")], talk[1:3], [turn("user", "hm")]]
+    table = pa.Table.from_pylist([conversation(f"c{i}", t) for i, t in enumerate(talks)], schemas.CONVERSATION)
+    for batches in (table.to_batches(), table.slice(2).to_batches(), table.to_batches(max_chunksize=1)):
+        named = listed(batches)
+        made = pa.concat_tables(responses(batches, {}))
+        assert named.equals(made.select(named.column_names))
+
+
+def test_long_conversations_come_in_tables_of_bounded_size() -> None:
+    length = 60
+    talk = [turn(("user", "assistant")[at % 2], f"{at}") for at in range(length)]
+    table = pa.Table.from_pylist([conversation(f"c{i}", talk) for i in range(4)], schemas.CONVERSATION)
+    tables = list(responses(table.to_batches(), {}, turns=200))
+    assert max(sum(len(row["turns"]) for row in found.to_pylist()) for found in tables) < 200 + length
+    assert pa.concat_tables(tables).equals(pa.concat_tables(responses(table.to_batches(), {})).combine_chunks())

@@ -52,8 +52,22 @@ def test_a_lucky_handful_does_not_outweigh_what_a_policy_earns_everywhere() -> N
 
 
 def test_what_was_learned_counts_every_finite_reward() -> None:
-    found = learn(["a", "a", "b"], ["x", "x", "x"], [1.0, 3.0, float("nan")])
+    found = learn(["a", "a", "b"], ["x", "x", "x"], [1.0, 3.0, float("nan")], KNOWN)
     assert found == [Earned(policy="a", segment="x", n=2, mean=2.0)]
+
+
+def test_a_week_without_exploration_forgets_nothing() -> None:
+    earned: list[Earned] = []
+    chance = []
+    for week in range(3):
+        chosen, by_chance = route(IDS, SEGMENTS, POOL, earned, explore=0.0, seed=week)
+        at = np.flatnonzero(by_chance)
+        rewards = [float(chosen[n] == "sibling") for n in at]
+        earned = learn([chosen[n] for n in at], [SEGMENTS[n] for n in at], rewards, earned)
+        chance.append(by_chance.mean())
+    assert chance == [1, 0, 0]
+    assert set(chosen) == {"sibling"}
+    assert learn(["a"], ["x"], [float("nan")], KNOWN) == KNOWN
 
 
 def test_segments_are_named_from_their_columns() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from flywheel_tasks.core.errors import InputError
 from flywheel_tasks.core.stage import Inputs
 from flywheel_tasks.core.store import Store
 from flywheel_tasks.models.lora import Lora
+from flywheel_tasks.preherding import responses, signal_rm
 from flywheel_tasks.preherding.responses import SIGNALS
 from flywheel_tasks.preherding.signal_rm import STAGE, SignalConfig
 from flywheel_tasks.training.config import TrainingConfig
@@ -58,6 +60,37 @@ def test_a_planted_signal_is_learned_and_noise_is_not(store: Store, given: Given
     rows = made.manifest.rows
     assert rows is not None
     assert (rows.rows_in, rows.rows_out) == (240, 240)
+
+
+def test_the_size_of_the_pieces_does_not_show(
+    store: Store, given: Given, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Histories come a piece at a time: what is trained on, measured and left out is the same."""
+    inputs = {
+        "conversations": (given("filter", {"conversations": traffic(60)}), "conversations"),
+        "characters": (given("ingest", {"characters": schemas.CHARACTER.empty_table()}), "characters"),
+        "prompts": (given("constrain", {"prompts": prompts([{"prompt_id": "c0.0", "jtbd": "story"}])}), "prompts"),
+    }
+    config = SignalConfig(
+        base=ModelConfig(path=str(tiny_model)), lora=Lora(rank=2), train=TrainingConfig(epochs=1, batch=16),
+        max_tokens=512, most_responses=30, most_held_out=10,
+    )  # fmt: skip
+    whole = run(STAGE, store, config, inputs, key="a" * 32)
+    monkeypatch.setattr(signal_rm, "_CONVERSATIONS", 7)
+    monkeypatch.setattr(responses, "responses", partial(responses.responses, turns=4))
+    pieces = run(STAGE, store, config, inputs, key="b" * 32)
+    assert pieces.manifest.rows == whole.manifest.rows
+    assert whole.manifest.rows is not None
+    assert (whole.manifest.rows.rows_out, whole.manifest.rows.reasons) == (40, {"not_drawn": 20})
+    one, other = whole.json("report"), pieces.json("report")
+    assert other["training"]["rows"] == one["training"]["rows"] == 30
+    for name in SIGNALS:
+        assert other["signals"][name]["n"] == one["signals"][name]["n"]
+        assert (
+            other["signals"][name]["biases"]["verbosity"]["label"]
+            == one["signals"][name]["biases"]["verbosity"]["label"]
+        )
+        assert other["signals"][name]["auc"] == pytest.approx(one["signals"][name]["auc"], abs=0.05)
 
 
 @pytest.mark.parametrize(("forget", "says"), [(False, "12 responses to train on and 0 "), (True, "0 responses")])

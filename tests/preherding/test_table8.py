@@ -47,8 +47,35 @@ def test_the_layout_is_the_papers(printed: list[dict[str, str]], cells: list[Cel
 def test_a_version_measured_again_replaces_its_cells(cells: list[Cell]) -> None:
     again = [cell | {"accuracy": 0.9} for cell in cells if cell["model"] == "RM_241229"]
     merged = table8.merge(cells, again)
-    assert len(merged) == len(cells)
     assert {c["accuracy"] for c in merged if c["model"] == "RM_241229"} == {0.9}
+    assert [c for c in merged if c["batch"] != ALL and c["model"] != "RM_241229"] == sorted(
+        (c for c in cells if c["batch"] != ALL and c["model"] != "RM_241229"),
+        key=lambda c: (c["mode"], c["model"], c["batch"]),
+    )
+
+
+def test_until_now_compares_versions_on_the_same_batches() -> None:
+    """Every version is as good on what it learned as the others, and no better than chance on later batches."""
+    names, matrix = ["240101", "240201", "240301", "240401"], list[Cell]()
+    for now in range(len(names)):
+        cells = []
+        for version in range(max(0, now - 1), now + 1):
+            seen = {name: 0.8 if place <= version else 0.5 for place, name in enumerate(names[: now + 1])}
+            seen[ALL] = sum(seen.values()) / len(seen)
+            cells += [
+                Cell(
+                    model=f"RM_{names[version]}", mode="static", batch=batch, n=100 * (now + 1 if batch == ALL else 1),
+                    accuracy=value, low=value, high=value,
+                )
+                for batch, value in seen.items()
+            ]  # fmt: skip
+        matrix = table8.merge(matrix, cells)
+    assert {c["model"]: c["n"] for c in matrix if c["batch"] == ALL} == {"RM_240301": 400, "RM_240401": 400}
+    rows = list(csv.DictReader(table8.to_csv(matrix).splitlines()))
+    assert [row[ALL] for row in rows] == ["", "", "0.725", "0.800"]
+    assert rows[0]["240201"] == "0.500"
+    other = [Cell(model="RM_240501", mode="interactive", batch=ALL, n=1, accuracy=1.0, low=1.0, high=1.0)]
+    assert len(table8.merge(matrix, other)) == len(matrix) + 1
 
 
 def test_the_figure_is_drawn_with_and_without_gaps(cells: list[Cell], tmp_path: Path) -> None:

@@ -251,6 +251,17 @@ def test_style_that_the_history_had_is_told_from_style_that_the_response_added()
     assert carried["adds"]["low"] < 0 < carried["adds"]["high"]
 
 
+def test_histories_in_pieces_are_measured_like_one() -> None:
+    """Joined, the histories of a large week pass the 2 GiB that Arrow addresses."""
+    rng = np.random.default_rng(13)
+    histories = [["nice 😀"] * int(rng.integers(3)) for _ in range(90)]
+    texts = [str(rng.choice(["ok 😀 (good)", "ok then", "- a\n- b"])) for _ in histories]
+    table = completions("rs", texts, histories, [bool(n % 3) for n in range(90)])
+    pieces = pa.concat_tables([table.slice(0, 1), table.slice(1, 50), table.slice(51, 0), table.slice(51)])
+    assert monitor.sampling(pieces, StyleConfig()) == monitor.sampling(table, StyleConfig())
+    assert monitor.sampling(table.slice(0, 0), StyleConfig()).alerts == ()
+
+
 @pytest.mark.parametrize(
     ("sizes", "why"),
     [
