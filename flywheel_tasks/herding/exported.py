@@ -42,7 +42,7 @@ class ServingConfig(RoundingConfig):
 class WatchConfig(StageConfig):
     """On what a moved policy is compared with its start."""
 
-    prompts: int = Field(128, ge=1, description="prompts of the patch's pairs that each exported checkpoint answers")
+    prompts: int = Field(128, ge=1, description="prompts of the patch that each checkpoint answers, the first that fit")
     max_tokens: int = Field(128, ge=1, le=4096, description="longest answer")
     style: StyleConfig = StyleConfig()
 
