@@ -101,7 +101,7 @@ def _note(export: str, server: str) -> str:
 
 def _plain(server: str) -> str:
     """A server's name as part of a file's."""
-    return server.replace(":", "_")
+    return server.replace(":", "_").replace("/", "_")
 
 
 def _projects(storage: Storage, note: str) -> Projects:

@@ -38,7 +38,8 @@ class Server:
     @property
     def name(self) -> str:
         """What tells its people from those of another server."""
-        return urlsplit(self.url).netloc.rpartition("@")[2][:80]
+        address = urlsplit(self.url)
+        return (address.netloc.rpartition("@")[2] + address.path)[:80]
 
     def create_project(self, title: str, page: str, reviewers: int) -> int:
         body = {

@@ -104,7 +104,7 @@ class TableReader:
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
-        return pa.Table.from_batches(list(self.batches(columns, batch_size=_ROW_GROUP)), schema)
+        return pa.Table.from_batches(list(self.batches(columns)), schema)
 
     def _check(self, file: FileRecord) -> str:
         if file.path not in self._verified:

@@ -201,13 +201,12 @@ def reward(
         raise InputError(f"{completions.num_rows} responses, but {len(raw)} scores of the reward model")
     if not scale.spread > 0:
         raise InputError(f"the reward's scale has spread {scale.spread}: it must be positive")
-    exchange = _exchange(completions, language)
-    found = features.measure(exchange, _FEATURES)
+    found = _found(completions, language)
     tokens = completions["tokens"].to_numpy(zero_copy_only=False).astype(np.float64)
     components = {
         "preference": (raw - scale.mean) / scale.spread,
         "long": _long(tokens, _finish(completions) == "length", config.long_from * limit, limit),
-        "repetition": _repetition(found, exchange.word_counts),
+        "repetition": found["repeated"],
         "language": np.maximum(np.nan_to_num(found["language_mismatch"]), found["translation"]),
         "format": np.maximum(found["broken_markdown"], found["empty"]),
     }
@@ -219,6 +218,7 @@ def reward(
     return Rewards(total, {name: np.where(unknown, np.nan, values) for name, values in components.items()})
 
 
+_ROWS = 1 << 13
 _FEATURES = ("repetition", "infinity_loop", "language_mismatch", "translation", "broken_markdown", "empty")
 
 
@@ -242,15 +242,27 @@ def _repetition(found: Mapping[str, Floats], words: NDArray[np.int64]) -> Floats
     return np.maximum(np.clip(share, 0.0, 1.0), found["infinity_loop"])
 
 
-def _exchange(completions: pa.Table, language: Language | None) -> features.Exchange:
+def _found(completions: pa.Table, language: Language | None) -> dict[str, Floats]:
+    """The features that penalties look at. Batch by batch: a conversation stands here once for each response to it, and
+    together they may be more text than one column holds."""
+    read = completions.select(["text", "turns", "language"])
+    parts = []
+    for batch in read.to_batches(max_chunksize=_ROWS) or [pa.RecordBatch.from_pylist([], read.schema)]:
+        exchange = _exchange(batch, language)
+        found = features.measure(exchange, _FEATURES)
+        parts.append(found | {"repeated": _repetition(found, exchange.word_counts)})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _exchange(batch: pa.RecordBatch, language: Language | None) -> features.Exchange:
     """Responses with their language and the one the user writes in: that of the last turn, or of the conversation
     where the turn is too short to tell."""
-    text, turns = completions["text"].combine_chunks(), completions["turns"].combine_chunks()
+    text, turns = batch["text"], batch["turns"]
     if language is None:
         return features.Exchange(text, turns)
     spoken = pa.array(list(language(text)), pa.string())
     asked = pa.array(list(language(features.last_user_turn(turns))), pa.string())
-    return features.Exchange(text, turns, spoken, pc.coalesce(asked, completions["language"].combine_chunks()))
+    return features.Exchange(text, turns, spoken, pc.coalesce(asked, batch["language"]))
 
 
 def _finish(completions: pa.Table) -> NDArray[np.str_]:

@@ -134,12 +134,12 @@ def test_a_pushed_task_says_which_server_it_was_put_on(world: worlds.World) -> N
     files = publish.read(str(world.outbox), world.exports[0].json("report")["export"])
     with HTTPServer(("127.0.0.1", 0), Answers) as http:
         Thread(target=http.serve_forever, daemon=True).start()
-        where = f"127.0.0.1:{http.server_port}"
-        push(Server(f"http://{where}/studio/", "token"), "flywheel", files, {}, lambda projects: None)
+        where = f"127.0.0.1:{http.server_port}/studio"
+        push(Server(f"http://{where}/", "token"), "flywheel", files, {}, lambda projects: None)
         http.shutdown()
     assert len(pushed) == len(world.tasks())
     assert {row["data"][label_studio.SERVER] for row in pushed} == {where}
-    assert Server("https://me:secret@labels.one.example/studio", "token").name == "labels.one.example"
+    assert Server("https://me:secret@labels.one.example/studio", "token").name == "labels.one.example/studio"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from flywheel_tasks.models.packed import pack
 from flywheel_tasks.pipeline import STAGES
 from tests.herding.rl_tables import completions, turns
 from tests.tiny_llama import CHAT_TEMPLATE, SPECIAL
+from tests.wide import ROWS, wide
 
 LIMIT = 100
 UNIT = Scale(0.0, 1.0)
@@ -319,6 +320,29 @@ def test_the_mean_of_every_component_is_logged() -> None:
         {"reward/total": 0.0, "reward/preference": 2.0, "reward/long": 0.5, "reward/repetition": 0.5,
          "reward/language": 0.0, "reward/format": 0.0}
     )  # fmt: skip
+
+
+def test_responses_in_pieces_are_rewarded_like_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = languages(LanguageConfig())
+    asked = ["How do you say good night?", "नमस्ते, आज आप कैसे हैं मेरे दोस्त?", "ok"]
+    said = ["I am doing very well today, thank you.", LOOP, "", "Gute Nacht (good night) mein lieber Freund"]
+    rows = [{"asked": asked[n % 3], "text": said[n % 4], "language": ["en", "hi", None][n % 3]} for n in range(24)]
+    table, raw = completions(rows), np.linspace(-1, 1, 24)
+    pieces = pa.concat_tables([table.slice(0, 1), table.slice(1, 11), table.slice(12, 0), table.slice(12)])
+    whole = reward.reward(table, raw, RewardConfig(), UNIT, limit=LIMIT, language=told)
+    monkeypatch.setattr(reward, "_ROWS", 5)
+    found = reward.reward(pieces, raw, RewardConfig(), UNIT, limit=LIMIT, language=told)
+    assert all(len(set(whole.components[name])) > 1 for name in ("repetition", "language", "format"))
+    assert found.total.tolist() == whole.total.tolist()
+    assert {k: v.tolist() for k, v in found.components.items()} == {k: v.tolist() for k, v in whole.components.items()}
+    assert not len(reward.reward(table.slice(0, 0), raw[:0], RewardConfig(), UNIT, limit=LIMIT, language=told).total)
+
+
+@pytest.mark.slow
+def test_responses_to_more_text_than_arrow_can_join_are_rewarded() -> None:
+    table = wide(completions([{"text": LOOP if n % 2 else "Yes."} for n in range(ROWS)]), "turns")
+    found = reward.reward(table, np.zeros(ROWS), RewardConfig(), UNIT, limit=LIMIT)
+    assert found.components["repetition"].tolist() == [float(n % 2) for n in range(ROWS)]
 
 
 def test_scores_of_other_responses_are_refused() -> None:
