@@ -85,6 +85,7 @@ def main(quick: bool) -> list[Report]:
         for events in sizes:
             log = str(Path(folder) / f"{events}.jsonl")
             write_benchmark_log(log, events, seed=5)
+            os.sync()  # or whoever is timed first shares the disk with what is still being written
             jobs = {"flywheel ingest": "ingest_flywheel:job", "DuckDB": "bench_ingest:duckdb_job"}
             contenders = [
                 Contender(

@@ -1,5 +1,5 @@
 """The pictures of the README: `make demo`, then `make up` in one terminal, the same week once more from the form, and
-this in another terminal (needs Chromium)."""
+this in another terminal (needs Chromium). After `make demo CYCLES=3` the page of the week shows three."""
 
 from __future__ import annotations
 
@@ -58,14 +58,15 @@ def mlflow(browser: Browser, at: Endpoints) -> None:
 
 
 def report(browser: Browser) -> None:
-    """The page of the week."""
+    """The page of the week down to its third heading, and the chart under that: the weeks so far."""
     page = browser.new_page(viewport=REPORT_SIZE)
     page.goto((state_dir() / "report" / "index.html").as_uri())
     page.wait_for_timeout(1_000)
     page.evaluate(WITHOUT_PATH)
-    bottom = page.locator("h2").nth(2).bounding_box()
-    height = bottom["y"] if bottom else REPORT_SIZE["height"]
-    page.screenshot(path=HERE / "report.png", full_page=True, clip={"x": 0, "y": 0, "width": 1200, "height": height})
+    third, fourth = (box["y"] for n in (2, 3) if (box := page.locator("h2").nth(n).bounding_box()))
+    for name, top, bottom in (("report", 0, third), ("weeks", third, fourth)):
+        clip = {"x": 0, "y": top, "width": REPORT_SIZE["width"], "height": bottom - top}
+        page.screenshot(path=HERE / f"{name}.png", full_page=True, clip=clip)
 
 
 def main() -> None:
